@@ -1,0 +1,58 @@
+"""The contract of an algorithm: it owns its hyper-parameters, masks, granularity, losses and optimizers, receives a
+typed batch and improves the policy.
+
+Three families, one per workflow: `OnPolicyAlgorithm` learns from trajectory segments, `OffPolicyAlgorithm` from a
+replay buffer, `ImitationAlgorithm` from demonstrations.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embodied_rl.types import Trajectory
+
+Metrics = dict[str, float]
+
+
+class Algorithm(ABC):
+    """State that a checkpoint needs is in `modules()` (networks the algorithm owns besides the policy),
+    `optimizers()` and `counters()`; the checkpoint saves and restores them by name."""
+
+    policy: Any
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Networks owned by the algorithm (critics, targets), by name."""
+        return {}
+
+    @abstractmethod
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Optimizers by name."""
+
+    def counters(self) -> dict[str, float]:
+        """Plain numbers to restore (update counts, adaptive coefficients)."""
+        return {}
+
+    def load_counters(self, counters: dict[str, float]) -> None:  # noqa: B027 - optional
+        """Restore `counters()`."""
+
+
+class OnPolicyAlgorithm(Algorithm):
+    @abstractmethod
+    def learn(self, trajectory: Trajectory, generator: torch.Generator) -> Metrics:
+        """Improve the policy from one segment; `generator` (CPU) is the only source of shuffling."""
+
+
+class OffPolicyAlgorithm(Algorithm):
+    @abstractmethod
+    def update(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """One gradient update from a replay batch; returns detached scalar tensors (no host synchronisation)."""
+
+
+class ImitationAlgorithm(Algorithm):
+    @abstractmethod
+    def update(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """One gradient update from a batch {"inputs", "actions" [B,H,A], "valid" [B,H]}."""

@@ -1,0 +1,106 @@
+"""Names for simulators, policies, algorithms and recipes.
+
+A registry maps a name to "module:object" and imports the module only when the object is asked for, so that listing
+names costs nothing and pulls in no simulator. Another package adds a name without touching this repository:
+
+    [project.entry-points."embodied_rl.simulators"]
+    my_simulator = "my_package.simulator:MySimulatorConfig"
+
+The object behind a simulator, policy or algorithm name is its configuration dataclass, whose `build(...)` makes the
+component; behind a recipe name is a function that returns a `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from embodied_rl.errors import UserError, unknown
+
+
+class Registry:
+    """One kind of component: `kind` is the singular word used in messages, `group` the entry-point group."""
+
+    def __init__(self, kind: str, group: str, builtin: dict[str, str]) -> None:
+        self.kind = kind
+        self.group = group
+        self._targets = dict(builtin)
+        self._discovered = False
+
+    def register(self, name: str, target: str) -> None:
+        """Bind `name` to "module:object". Raises `UserError` when the name is bound to something else."""
+        self._discover()
+        self._add(name, target)
+
+    def names(self) -> list[str]:
+        """All names, sorted; imports nothing."""
+        self._discover()
+        return sorted(self._targets)
+
+    def target(self, name: str) -> str:
+        """The "module:object" behind `name`; raises `UserError` naming the nearest valid name."""
+        self._discover()
+        if name not in self._targets:
+            raise unknown(self.kind, name, self._targets)
+        return self._targets[name]
+
+    def load(self, name: str) -> Any:
+        """Import and return the object behind `name`."""
+        target = self.target(name)
+        module, _, attribute = target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{self.kind} '{name}' ({target}) cannot be loaded: {error}") from error
+
+    def name_of(self, component: type) -> str:
+        """The name under which `component` (a class or function) is registered."""
+        wanted = f"{component.__module__}:{component.__qualname__}"
+        for name in self.names():
+            if self._targets[name] == wanted:
+                return name
+        raise UserError(f"{wanted} is not a registered {self.kind}; add it with an entry point in group {self.group}")
+
+    def _add(self, name: str, target: str) -> None:
+        bound = self._targets.setdefault(name, target)
+        if bound != target:
+            raise UserError(f"{self.kind} '{name}' is already {bound}; {target} needs another name")
+
+    def _discover(self) -> None:
+        if not self._discovered:
+            self._discovered = True
+            for point in entry_points(group=self.group):
+                self._add(point.name, point.value)
+
+
+simulators = Registry(
+    "simulator",
+    "embodied_rl.simulators",
+    {"maniskill": "embodied_rl.simulators.maniskill.config:ManiSkillConfig"},
+)
+policies = Registry(
+    "policy",
+    "embodied_rl.policies",
+    {
+        "gaussian_mlp": "embodied_rl.policies.gaussian_mlp:GaussianMLPConfig",
+        "flow_mlp": "embodied_rl.policies.flow_mlp:FlowMLPConfig",
+    },
+)
+algorithms = Registry(
+    "algorithm",
+    "embodied_rl.algorithms",
+    {
+        "imitation": "embodied_rl.algorithms.imitation:ImitationConfig",
+        "ppo": "embodied_rl.algorithms.ppo:PPOConfig",
+        "flow_actor_critic": "embodied_rl.algorithms.flow_actor_critic:FlowActorCriticConfig",
+    },
+)
+recipes = Registry(
+    "recipe",
+    "embodied_rl.recipes",
+    {
+        "quickstart": "embodied_rl.recipes.quickstart:quickstart",
+        "quickstart_ppo": "embodied_rl.recipes.quickstart:quickstart_ppo",
+    },
+)
