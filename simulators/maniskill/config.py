@@ -1,0 +1,79 @@
+"""The configuration of a ManiSkill3 simulator; importing it imports no simulator."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from embodied_rl.errors import UserError, unknown
+from embodied_rl.simulators.base import ResetSchedule, Simulator
+
+OBSERVATIONS = ("state", "rgb", "state+rgb")
+REWARDS = ("sparse", "normalized_dense", "dense", "none")
+
+
+@dataclass(frozen=True)
+class ManiSkillConfig:
+    """Which ManiSkill3 task to run, and how. `build` raises `UserError` for whatever cannot be run."""
+
+    task: str = "PickCube-v1"
+    """A registered ManiSkill id; `tasks()` lists them."""
+    control_mode: str | None = None
+    """A controller of the task's robot, e.g. "pd_ee_delta_pos"; None is the robot's first."""
+    observation: Literal["state", "rgb", "state+rgb"] = "state"
+    """"state": every number the task offers, object poses included, no renderer needed. "rgb": all cameras, and the
+    robot's own state (plus what the task adds without looking). "state+rgb": all cameras and the full state."""
+    reward: Literal["sparse", "normalized_dense", "dense", "none"] = "sparse"
+    """"sparse": 1 on success, -1 on failure. "dense" and "normalized_dense" are shaped by the task's authors."""
+    num_envs: int = 16
+    """Environments stepped together."""
+    workers: int = 2
+    """Processes that share them; not used on the GPU."""
+    backend: Literal["cpu", "gpu"] = "cpu"
+    """PhysX on the CPU, one scene per environment, or all environments in one GPU scene (needs CUDA)."""
+    image_size: int = 128
+    """Height and width of every camera, pixels."""
+    max_steps: int | None = None
+    """Time limit in environment steps; None is the task's registered one."""
+
+    def __post_init__(self) -> None:
+        if self.observation not in OBSERVATIONS:
+            raise unknown("ManiSkill observation", self.observation, OBSERVATIONS)
+        if self.reward not in REWARDS:
+            raise unknown("ManiSkill reward", self.reward, REWARDS)
+        if self.backend not in ("cpu", "gpu"):
+            raise unknown("ManiSkill backend", self.backend, ("cpu", "gpu"))
+        for name in ("num_envs", "workers", "image_size", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"ManiSkill {name} is {value}; it must be at least 1")
+
+    @property
+    def environment(self) -> tuple[str, dict[str, Any]]:
+        """("module:class", JSON-able keyword arguments): how a worker constructs one environment."""
+        skip = ("num_envs", "workers", "backend")
+        kwargs = {name: value for name, value in asdict(self).items() if name not in skip}
+        return "embodied_rl.simulators.maniskill.environment:ManiSkillEnvironment", kwargs
+
+    def build(self, schedule: ResetSchedule, *, log_dir: Path | None = None) -> Simulator:
+        """Start the simulator; its resets follow `schedule`, worker logs go to `log_dir`.
+
+        Raises `UserError` for an unknown task, missing assets, or a control or reward mode the task does not have.
+        """
+        target, kwargs = self.environment
+        if self.backend == "gpu":
+            from embodied_rl.simulators.chunk import BatchedSimulator
+            from embodied_rl.simulators.maniskill.batched import ManiSkillBatchedEnvironment
+
+            return BatchedSimulator(ManiSkillBatchedEnvironment(num_envs=self.num_envs, **kwargs), schedule)
+        from embodied_rl.simulators.workers import WorkerSimulator
+
+        return WorkerSimulator(target, kwargs, self.num_envs, self.workers, schedule, log_dir=log_dir)
+
+
+def tasks() -> list[str]:
+    """All registered ManiSkill task ids, sorted. Imports ManiSkill (seconds)."""
+    from embodied_rl.simulators.maniskill import tasks as registered
+
+    return registered.names()
