@@ -1,0 +1,121 @@
+"""A flow-matching policy over action chunks whose velocity is an MLP conditioned on the state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embodied_rl.errors import UserError
+from embodied_rl.policies.base import Inputs
+from embodied_rl.policies.flow import FlowSampler, FlowSamplerConfig, bounded_std
+from embodied_rl.policies.flow_policy import FlowPolicy
+from embodied_rl.policies.mlp import ActionScale, Activation, StateNormaliser, mlp, prepare_state, state_spec
+from embodied_rl.policies.value_head import ValueHead
+from embodied_rl.specs import ActionSpec, ObservationSpec
+from embodied_rl.types import Observation
+
+
+@dataclass(frozen=True)
+class FlowMLPConfig:
+    """The flow-matching MLP policy; the sampler's fields are those of `FlowSamplerConfig`."""
+
+    horizon: int = 4
+    """H, predicted actions."""
+    chunk: int = 4
+    """K, executed actions."""
+    hidden: tuple[int, ...] = (256, 256, 256)
+    time_features: int = 32
+    """Size of the sinusoidal embedding of t; even."""
+    denoise_steps: int = 4
+    method: Literal["sde", "noise", "cps", "ode"] = "sde"
+    noise_level: float = 0.5
+    joint: bool = False
+    joint_reduction: Literal["sum", "mean"] = "sum"
+    noise_std: tuple[float, float] = (0.08, 0.16)
+    """Range of the learned deviation of method "noise", in network units."""
+    value_hidden: tuple[int, ...] = (256, 256)
+    value_activation: Activation = "tanh"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunk <= self.horizon:
+            raise UserError(f"flow_mlp: needs 1 <= chunk <= horizon, got {self.chunk} and {self.horizon}")
+        if not self.hidden or self.time_features < 2 or self.time_features % 2:
+            raise UserError("flow_mlp: needs at least one hidden layer and an even, positive number of time_features")
+        if not 0 < self.noise_std[0] <= self.noise_std[1]:
+            raise UserError(f"flow_mlp: noise_std must be an ascending range above 0, not {self.noise_std}")
+        self.sampler()
+
+    def sampler(self) -> FlowSamplerConfig:
+        """The sampler's part."""
+        return FlowSamplerConfig(self.denoise_steps, self.method, self.noise_level, self.joint, self.joint_reduction)
+
+    def build(self, observation_spec: ObservationSpec, action_spec: ActionSpec) -> FlowMLP:
+        """The policy for a simulator with these specs; raises `SpecError` when it cannot serve them."""
+        return FlowMLP(self, observation_spec, action_spec)
+
+
+class FlowMLP(FlowPolicy):
+    """v = MLP(normalised state, flattened x, sinusoidal t), SiLU. Network actions are the simulator's, scaled from
+    their bounds to [-1, 1]."""
+
+    frequencies: Tensor
+
+    def __init__(self, config: FlowMLPConfig, observation_spec: ObservationSpec, action_spec: ActionSpec) -> None:
+        super().__init__()
+        self.observation_spec = state_spec("flow_mlp", observation_spec)
+        self.action_spec = action_spec
+        self.horizon = config.horizon
+        self.chunk = config.chunk
+        self.width = action_spec.dim
+        self.sampler = FlowSampler(config.sampler(), config.chunk, action_spec.dim)
+        size, outputs = self.observation_spec.state, config.horizon * action_spec.dim
+        self.normaliser = StateNormaliser(size)
+        self.action_scale = ActionScale(action_spec)
+        # periods from 4 (one sweep of t is a quarter turn) down to 4/100, evenly in the logarithm
+        frequencies = 2 * math.pi / 4 * torch.logspace(0, 2, config.time_features // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.body = mlp(size + outputs + config.time_features, config.hidden, "silu")
+        self.head = nn.Linear(config.hidden[-1], outputs)
+        self.noise_std = config.noise_std
+        self.noise_head = mlp(config.hidden[-1], (64,), "tanh", outputs) if config.method == "noise" else None
+        self.value_head = ValueHead(size, config.value_hidden, config.value_activation)
+
+    def set_statistics(self, mean: Tensor | np.ndarray, std: Tensor | np.ndarray) -> None:
+        """Normalise states with these statistics [S] from now on."""
+        self.normaliser.fit(mean, std)
+
+    def prepare(self, observation: Observation) -> Inputs:
+        return prepare_state(observation, self.device)
+
+    def encode(self, inputs: Inputs) -> Tensor:
+        """The normalised state [B,S]."""
+        return self.normaliser(inputs["state"])
+
+    def velocity(self, prefix: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(v [B,H,A], last hidden layer [B,W])."""
+        angle = t[:, None] * self.frequencies
+        hidden = self.body(torch.cat([prefix, x.flatten(1), angle.sin(), angle.cos()], 1))
+        return self.head(hidden).view_as(x), hidden
+
+    def standard_deviation(self, hidden: Tensor) -> Tensor:
+        if self.noise_head is None:
+            return super().standard_deviation(hidden)
+        return bounded_std(self.noise_head(hidden), *self.noise_std).unflatten(1, (self.horizon, self.width))
+
+    def value(self, inputs: Inputs) -> Tensor:
+        return self.value_head(self.normaliser(inputs["state"]))
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """The normalised state [B,S]."""
+        return self.normaliser(inputs["state"])
+
+    def to_simulator(self, x: Tensor) -> Tensor:
+        return self.action_scale.to_simulator(x)
+
+    def to_network(self, actions: Tensor) -> Tensor:
+        return self.action_scale.to_network(actions)

@@ -1,0 +1,106 @@
+"""What every flow-matching policy shares: acting, scoring, imitating and differentiable sampling, on top of a network
+that gives `encode` and `velocity`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embodied_rl.policies.base import Inputs, Policy
+from embodied_rl.policies.flow import FlowSampler
+from embodied_rl.randomness import RowNoise
+from embodied_rl.types import ActionSample, Score
+
+
+class FlowPolicy(Policy):
+    """A subclass sets `sampler` and `width`, and gives the network. Executed actions are clipped to the action bounds;
+    the trace keeps what was sampled, so that the score is right."""
+
+    sampler: FlowSampler
+    width: int
+    """D, dimensions of the network's actions; the first A are real."""
+
+    @abstractmethod
+    def encode(self, inputs: Inputs) -> Any:
+        """What the velocity needs to know of the observation; computed once per decision or update."""
+
+    @abstractmethod
+    def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
+        """(v [B,H,D], hidden) at x [B,H,D] and times t [B]; see `flow.py` for the convention."""
+
+    @abstractmethod
+    def to_simulator(self, x: Tensor) -> Tensor:
+        """Network actions [B,*,D] -> simulator actions [B,*,A] within the bounds."""
+
+    @abstractmethod
+    def to_network(self, actions: Tensor) -> Tensor:
+        """Simulator actions [B,*,A] -> network actions [B,*,D]."""
+
+    def standard_deviation(self, hidden: Any) -> Tensor:
+        """[B,H,D], the learned deviation of the sampler's method "noise"."""
+        raise TypeError(f"{type(self).__name__} learns no standard deviation; use another sampling method")
+
+    @torch.no_grad()
+    def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
+        """A deterministic sample follows the ODE. Its initial noise still is the row's, because a flow without it is
+        not the policy that was trained; without `noise` it starts from 0 and is a function of the observation alone."""
+        prefix = self.encode(inputs)
+        value = self.value(inputs)
+        rows = len(next(iter(inputs.values())))
+        zeros = torch.zeros((rows, self.horizon, self.width), device=self.device, dtype=self.dtype)
+        if deterministic:
+            start = zeros if noise is None else torch.from_numpy(noise.normal(self.horizon, self.width)).to(zeros)
+            return ActionSample(self._executed(self.sampler.ode(self.velocity, prefix, start)), {}, None, value)
+        drawn = self.sampler.draw(zeros, noise)
+        if self.sampler.config.method == "ode":
+            return ActionSample(self._executed(self.sampler.ode(self.velocity, prefix, drawn.initial)), {}, None, value)
+        x, trace, log_prob = self.sampler.sample(self.velocity, prefix, drawn, self.standard_deviation)
+        return ActionSample(self._executed(x), trace, log_prob, value)
+
+    def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
+        prefix = self.encode(inputs)
+        log_prob, entropy = self.sampler.score(self.velocity, prefix, trace, self.standard_deviation)
+        return Score(log_prob, entropy, self.sampler.term_step(log_prob.device))
+
+    def imitation_loss(
+        self,
+        inputs: Inputs,
+        actions: Tensor,
+        valid: Tensor,
+        *,
+        noise: Tensor | None = None,
+        time: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Flow matching (arXiv 2210.02747), [B]: the mean squared error of the velocity against noise - action over
+        the valid steps. Invalid actions are replaced by 0, so nothing leaks from them. `noise` [B,H,D] standard normal
+        and `time` [B] uniform in [0, 1) are drawn when None, from `generator` or torch's global one."""
+        keep = valid[..., None]
+        target = self.to_network(torch.where(keep, actions, 0.0))
+        action = torch.where(keep, target, 0.0)
+        if noise is None:
+            noise = torch.randn(action.shape, generator=generator, device=action.device, dtype=action.dtype)
+        if time is None:
+            time = torch.rand(len(action), generator=generator, device=action.device, dtype=action.dtype)
+        t = time[:, None, None]
+        v, _ = self.velocity(self.encode(inputs), t * noise + (1 - t) * action, time)
+        error = torch.where(keep, v - (noise - action), 0.0)
+        return error.square().sum((1, 2)) / (valid.sum(1) * action.shape[-1]).clamp_min(1)
+
+    def sample(self, inputs: Inputs, noise: Tensor | None = None) -> Tensor:
+        """Actions [B,H,A], differentiable through the N ODE steps from `noise` [B,H,D] (standard normal when None)."""
+        if noise is None:
+            rows = len(next(iter(inputs.values())))
+            noise = torch.randn((rows, self.horizon, self.width), device=self.device, dtype=self.dtype)
+        return self.to_simulator(self.sampler.ode(self.velocity, self.encode(inputs), noise))
+
+    def _executed(self, x: Tensor) -> Tensor:
+        return self.to_simulator(x[:, : self.chunk])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the sampled actions; the precision of the whole chain."""
+        return next(self.parameters()).dtype

@@ -1,0 +1,118 @@
+"""A Gaussian policy over action chunks: an MLP for the mean, a learned deviation that does not depend on the state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embodied_rl.errors import UserError
+from embodied_rl.policies.base import Inputs, Policy
+from embodied_rl.policies.flow import gaussian_entropy, gaussian_log_prob
+from embodied_rl.policies.mlp import (
+    ActionScale,
+    Activation,
+    StateNormaliser,
+    mlp,
+    orthogonal,
+    prepare_state,
+    state_spec,
+)
+from embodied_rl.policies.value_head import ValueHead
+from embodied_rl.randomness import RowNoise
+from embodied_rl.specs import ActionSpec, ObservationSpec
+from embodied_rl.types import ActionSample, Observation, Score
+
+
+@dataclass(frozen=True)
+class GaussianMLPConfig:
+    """The Gaussian MLP policy."""
+
+    chunk: int = 1
+    """K, executed actions."""
+    horizon: int | None = None
+    """H, predicted actions; None = chunk."""
+    hidden: tuple[int, ...] = (256, 256, 256)
+    activation: Activation = "tanh"
+    initial_log_std: float = -0.5
+    """Of the actions in network units, where the action range is [-1, 1]."""
+    value_hidden: tuple[int, ...] = (256, 256, 256)
+    value_activation: Activation = "tanh"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunk <= (self.horizon or self.chunk):
+            raise UserError(f"gaussian_mlp: needs 1 <= chunk <= horizon, got {self.chunk} and {self.horizon}")
+
+    def build(self, observation_spec: ObservationSpec, action_spec: ActionSpec) -> GaussianMLP:
+        """The policy for a simulator with these specs; raises `SpecError` when it cannot serve them."""
+        return GaussianMLP(self, observation_spec, action_spec)
+
+
+class GaussianMLP(Policy):
+    """Independent Gaussians N(mean(state), exp(log_std)) in network units, L = K*A terms. The trace keeps the sample
+    before it is clipped to the action bounds, so that its density is right."""
+
+    def __init__(self, config: GaussianMLPConfig, observation_spec: ObservationSpec, action_spec: ActionSpec) -> None:
+        super().__init__()
+        self.observation_spec = state_spec("gaussian_mlp", observation_spec)
+        self.action_spec = action_spec
+        self.chunk = config.chunk
+        self.horizon = config.horizon or config.chunk
+        size, outputs = self.observation_spec.state, self.horizon * action_spec.dim
+        self.normaliser = StateNormaliser(size)
+        self.action_scale = ActionScale(action_spec)
+        self.mean = orthogonal(mlp(size, config.hidden, config.activation, outputs), last_gain=0.01)
+        self.log_std = nn.Parameter(torch.full((self.horizon, action_spec.dim), config.initial_log_std))
+        self.value_head = ValueHead(size, config.value_hidden, config.value_activation)
+
+    def set_statistics(self, mean: Tensor | np.ndarray, std: Tensor | np.ndarray) -> None:
+        """Normalise states with these statistics [S] from now on."""
+        self.normaliser.fit(mean, std)
+
+    def prepare(self, observation: Observation) -> Inputs:
+        return prepare_state(observation, self.device)
+
+    @torch.no_grad()
+    def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
+        features = self.features(inputs)
+        value = self.value_head(features)
+        mean = self._mean(features)[:, : self.chunk]
+        if deterministic:
+            return ActionSample(self.action_scale.to_simulator(mean), {}, None, value)
+        std = self.log_std[: self.chunk].exp().expand_as(mean)
+        drawn = torch.randn_like(mean) if noise is None else torch.from_numpy(noise.normal(*mean.shape[1:])).to(mean)
+        x = mean + std * drawn
+        log_prob = gaussian_log_prob(x, mean, std).flatten(1)
+        return ActionSample(self.action_scale.to_simulator(x), {"x": x}, log_prob, value)
+
+    def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
+        mean = self._mean(self.features(inputs))[:, : self.chunk]
+        std = self.log_std[: self.chunk].exp().expand_as(mean)
+        term_step = torch.arange(self.chunk, device=mean.device).repeat_interleave(mean.shape[-1])
+        log_prob = gaussian_log_prob(trace["x"], mean, std)
+        return Score(log_prob.flatten(1), gaussian_entropy(std).flatten(1), term_step)
+
+    def value(self, inputs: Inputs) -> Tensor:
+        return self.value_head(self.features(inputs))
+
+    def imitation_loss(self, inputs: Inputs, actions: Tensor, valid: Tensor) -> Tensor:
+        """[B], the mean squared error of the mean action in network units; the deviation is not trained."""
+        keep = valid[..., None]
+        target = self.action_scale.to_network(torch.where(keep, actions, 0.0))
+        error = torch.where(keep, self._mean(self.features(inputs)) - target, 0.0)
+        return error.square().sum((1, 2)) / (valid.sum(1) * actions.shape[-1]).clamp_min(1)
+
+    def sample(self, inputs: Inputs, noise: Tensor | None = None) -> Tensor:
+        """Actions [B,H,A], reparameterised: mean + std * `noise` [B,H,A] (standard normal when None)."""
+        mean = self._mean(self.features(inputs))
+        drawn = torch.randn_like(mean) if noise is None else noise
+        return self.action_scale.to_simulator(mean + self.log_std.exp() * drawn)
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """The normalised state [B,S]."""
+        return self.normaliser(inputs["state"])
+
+    def _mean(self, features: Tensor) -> Tensor:
+        return self.mean(features).unflatten(1, (self.horizon, -1))
