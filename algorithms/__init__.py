@@ -1,0 +1,1 @@
+"""Algorithms: how a policy improves. Each file holds one, with its configuration next to it."""

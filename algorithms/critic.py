@@ -1,0 +1,62 @@
+"""Q-functions of off-policy algorithms: E independent networks evaluated as one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class EnsembleLinear(nn.Module):
+    """E linear maps; weights [E,in,out], initialised like `nn.Linear`."""
+
+    def __init__(self, ensemble: int, inputs: int, outputs: int, generator: torch.Generator) -> None:
+        super().__init__()
+        bound = inputs**-0.5
+        self.weight = nn.Parameter(torch.empty(ensemble, inputs, outputs).uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(torch.empty(ensemble, 1, outputs).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[E,B,in] -> [E,B,out]."""
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """Layer normalisation with scale and shift per member."""
+
+    def __init__(self, ensemble: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.scale = nn.Parameter(torch.ones(ensemble, 1, size))
+        self.shift = nn.Parameter(torch.zeros(ensemble, 1, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[E,B,size] -> [E,B,size]."""
+        return torch.addcmul(self.shift, F.layer_norm(x, (self.size,), eps=1e-6), self.scale)
+
+
+class CriticEnsemble(nn.Module):
+    """Q(features, executed actions) by E networks of Linear, LayerNorm, ReLU blocks (RLPD, arXiv 2302.02948)."""
+
+    def __init__(self, inputs: int, hidden: Sequence[int], ensemble: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [inputs, *hidden]
+        layers: list[nn.Module] = []
+        for size, width in itertools.pairwise(sizes):
+            layers += [EnsembleLinear(ensemble, size, width, generator), EnsembleLayerNorm(ensemble, width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, EnsembleLinear(ensemble, sizes[-1], 1, generator))
+        self.ensemble = ensemble
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,inputs] -> [E,B]."""
+        return self.layers(x.expand(self.ensemble, *x.shape)).squeeze(-1)
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) * target + tau * source."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)

@@ -1,0 +1,195 @@
+"""Critic-guided fine-tuning of a flow policy: off-policy, anchored to chunks that succeeded.
+
+Twin critics learn Q of executed chunks; the policy follows their gradient through its own denoising steps (as in
+TD3+BC, arXiv 2106.06860, on action chunks as in Q-chunking, arXiv 2507.07969), while its imitation loss on successful
+chunks keeps it near actions whose outcome is known. Works with every policy that has `sample`, `features` and
+`imitation_loss`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embodied_rl.algorithms.advantages import chunk_return
+from embodied_rl.algorithms.base import OffPolicyAlgorithm
+from embodied_rl.algorithms.critic import CriticEnsemble, polyak
+from embodied_rl.algorithms.imitation import mean_imitation_loss
+from embodied_rl.algorithms.optimization import adam, seed_policy_draws, step
+from embodied_rl.types import Observation
+
+
+@dataclass(frozen=True)
+class FlowActorCriticConfig:
+    """Off-policy fine-tuning guided by critics."""
+
+    critics: int = 2
+    critic_hidden: tuple[int, ...] = (256, 256)
+    critic_learning_rate: float = 5e-4
+    actor_learning_rate: float = 1.5e-4
+    batch_size: int = 256
+    """Decisions per update."""
+    gamma: float = 0.95
+    gamma_per: Literal["decision", "step"] = "decision"
+    """"decision" discounts every chunk by gamma, "step" by gamma^executed steps (and within the chunk)."""
+    tau: float = 0.01
+    """Share of the critic that its target takes over at every update."""
+    actor_every: int = 2
+    """Critic updates per actor update."""
+    q_weight: float = 0.2
+    """Weight of -Q / std(Q) in the actor's loss; above `flow_weight` the policy may run away from its data."""
+    flow_weight: float = 1.0
+    """Weight of the imitation loss on the anchor chunks."""
+    anchor_batch_size: int = 128
+    anchor_chunks: int = 20_000
+    """The anchor is drawn from this many most recent chunks of successful episodes ..."""
+    anchor_minimum: int = 1500
+    """... once there are this many, before that from demonstrations."""
+    critic_warmup_updates: int = 1500
+    """First updates, which leave the actor alone."""
+    max_grad_norm: float = 1.0
+    reward_scale: float = 1.0
+    shaping: float = 0.0
+    """Weight of potential-based shaping: reward + discount * potential(next) - potential, with potential 0 after
+    termination, so that the best policy stays the same (Ng, Harada and Russell, ICML 1999)."""
+    replay_capacity: int = 200_000
+    """Decisions kept."""
+    learning_starts: int = 8000
+    """Environment steps collected before the first update."""
+    updates_per_decision: float = 0.25
+
+    def build(self, policy: Any, seed: int) -> FlowActorCritic:
+        """The algorithm on `policy`; `seed` initialises the critics."""
+        return FlowActorCritic(self, policy, seed)
+
+
+class FlowActorCritic(OffPolicyAlgorithm):
+    def __init__(self, config: FlowActorCriticConfig, policy: Any, seed: int) -> None:
+        self.config = config
+        self.policy = policy
+        spec = policy.action_spec
+        low, high = (torch.tensor(bound, device=policy.device) for bound in (spec.low, spec.high))
+        self._low, self._high = low, high
+        bounded = low.isfinite() & high.isfinite() & (low < high)
+        self._center = torch.where(bounded, (low + high) / 2, 0.0)
+        self._scale = torch.where(bounded, 2 / (high - low), 1.0)
+        size = _feature_size(policy) + policy.chunk * spec.dim
+        self.critic = CriticEnsemble(size, config.critic_hidden, config.critics, seed).to(policy.device)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.critic_optimizer = adam(self.critic.parameters(), config.critic_learning_rate)
+        self.actor_optimizer = adam(policy.parameter_groups()["policy"], config.actor_learning_rate)
+        self.updates = 0
+
+    @property
+    def next_update_trains_actor(self) -> bool:
+        """Whether the next `update` reads the anchor."""
+        done = self.updates + 1
+        return done > self.config.critic_warmup_updates and done % self.config.actor_every == 0
+
+    def batch(self, replay: dict[str, Any], anchor: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What `update` takes, on the policy's device, from numpy samples of a replay buffer.
+
+        Chunks of the anchor may be shorter than the policy's horizon; what is missing does not count.
+
+        `replay` {"inputs", "next_inputs", "actions" [B,K,A], "valid" [B,K], "reward" [B,K], "terminated" [B],
+        "potential" [B], "next_potential" [B]}; `anchor` {"inputs", "actions" [B,H,A], "valid" [B,H]}.
+        """
+        config = self.config
+        names = ("inputs", "next_inputs", "actions", "valid", "reward", "terminated", "potential", "next_potential")
+        data = {name: _to_device(replay[name], self.policy.device) for name in names}
+        reward, discount = chunk_return(data.pop("reward"), data["valid"], config.gamma, config.gamma_per)
+        discount = torch.where(data.pop("terminated"), 0.0, discount)
+        shaping = discount * data.pop("next_potential") - data.pop("potential")
+        reward = config.reward_scale * reward + config.shaping * shaping
+        if anchor is not None:
+            anchor = _to_device(anchor, self.policy.device)
+            missing = self.policy.horizon - anchor["actions"].shape[1]
+            anchor["actions"] = F.pad(anchor["actions"], (0, 0, 0, missing))
+            anchor["valid"] = F.pad(anchor["valid"], (0, missing))
+        return data | {"reward": reward, "discount": discount, "anchor": anchor}
+
+    def update(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """One critic update and, every `actor_every`-th after the warm-up, one actor update.
+
+        `batch` {"inputs", "next_inputs", "actions" [B,K,A], "valid" [B,K], "reward" [B], "discount" [B] (0 when
+        terminated), "anchor" {"inputs", "actions" [B,H,A], "valid" [B,H]}, which may be None when
+        `next_update_trains_actor` is False or `flow_weight` is 0}. Metrics: critic_loss, q, target, critic_grad_norm
+        and, with the actor, actor_loss, flow_loss, actor_grad_norm.
+        """
+        seed_policy_draws(generator, self.policy.device)
+        train_actor = self.next_update_trains_actor
+        with torch.no_grad():
+            features = self.policy.features(batch["inputs"])
+            next_features = self.policy.features(batch["next_inputs"])
+            next_actions = self.policy.sample(batch["next_inputs"])
+            next_q = self.target(self._critic_input(next_features, next_actions)).amin(dim=0)
+            target = batch["reward"] + batch["discount"] * next_q
+        q = self.critic(self._critic_input(features, batch["actions"], batch["valid"]))
+        loss = (q - target).square().mean(dim=1).sum()
+        metrics = {"critic_loss": loss.detach(), "q": q.detach().mean(), "target": target.mean()}
+        metrics["critic_grad_norm"] = step(self.critic_optimizer, loss, self.config.max_grad_norm)
+        polyak(self.target, self.critic, self.config.tau)
+        if train_actor:
+            metrics |= self._update_actor(batch["inputs"], features, batch["anchor"])
+        self.updates += 1
+        return metrics
+
+    def _update_actor(self, inputs: dict[str, Tensor], features: Tensor, anchor: Any) -> dict[str, Tensor]:
+        q = self.critic(self._critic_input(features, self.policy.sample(inputs))).mean(dim=0)
+        loss = -self.config.q_weight * (q / q.detach().std().clamp(min=1e-6)).mean()
+        metrics = {}
+        if self.config.flow_weight:
+            flow_loss = mean_imitation_loss(self.policy, anchor)
+            loss = loss + self.config.flow_weight * flow_loss
+            metrics["flow_loss"] = flow_loss.detach()
+        norm = step(self.actor_optimizer, loss, self.config.max_grad_norm)
+        return metrics | {"actor_loss": loss.detach(), "actor_grad_norm": norm}
+
+    def _critic_input(self, features: Tensor, actions: Tensor, valid: Tensor | None = None) -> Tensor:
+        """[B,F+K*A]: features and the executed actions, limited to the action space, scaled to [-1,1]; actions that
+        were never executed are 0."""
+        executed = actions[:, : self.policy.chunk]
+        executed = (executed.clamp(self._low, self._high) - self._center) * self._scale
+        if valid is not None:
+            executed = torch.where(valid.unsqueeze(-1), executed, 0.0)
+        return torch.cat([features, executed.flatten(1)], dim=1)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"critic": self.critic, "target": self.target}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"critic": self.critic_optimizer, "actor": self.actor_optimizer}
+
+    def counters(self) -> dict[str, float]:
+        return {"updates": self.updates}
+
+    def load_counters(self, counters: dict[str, float]) -> None:
+        self.updates = int(counters["updates"])
+
+
+def _to_device(data: Any, device: torch.device) -> Any:
+    if isinstance(data, dict):
+        return {name: _to_device(value, device) for name, value in data.items()}
+    return torch.as_tensor(data, device=device)
+
+
+@torch.no_grad()
+def _feature_size(policy: Any) -> int:
+    """F, read off the features of an all-zero observation."""
+    spec = policy.observation_spec
+    zero = Observation(
+        images={name: np.zeros((1, c.height, c.width, 3), np.uint8) for name, c in spec.cameras.items()},
+        image_mask={name: np.ones(1, bool) for name in spec.cameras},
+        state=np.zeros((1, spec.state), np.float32),
+        instruction_id=np.zeros(1, np.int64),
+        task=np.zeros(1, np.int64),
+        instructions=("",),
+        privileged=np.zeros((1, spec.privileged), np.float32) if spec.privileged else None,
+    )
+    return policy.features(policy.prepare(zero)).shape[1]

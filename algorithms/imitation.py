@@ -1,0 +1,74 @@
+"""Imitation: fit the policy to demonstrated action chunks (behaviour cloning, flow matching, whatever the policy's
+own `imitation_loss` is)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from embodied_rl.algorithms.base import ImitationAlgorithm
+from embodied_rl.algorithms.optimization import adam, seed_policy_draws, step
+
+
+@dataclass(frozen=True)
+class ImitationConfig:
+    """Cloning demonstrations."""
+
+    learning_rate: float = 1e-3
+    batch_size: int = 256
+    """Chunks per update."""
+    steps: int = 1000
+    """Updates in all; the length of the schedule."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """"cosine" lowers the learning rate to 0 over `steps`."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def build(self, policy: Any, seed: int) -> Imitation:
+        """The algorithm on `policy`; it has no randomness of its own."""
+        return Imitation(self, policy)
+
+
+class Imitation(ImitationAlgorithm):
+    def __init__(self, config: ImitationConfig, policy: Any) -> None:
+        self.config = config
+        self.policy = policy
+        self.optimizer = adam(policy.parameter_groups()["policy"], config.learning_rate, config.weight_decay)
+        self.updates = 0
+
+    def update(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """One update from {"inputs", "actions" [B,H,A], "valid" bool [B,H]}; metrics "loss", "grad_norm"."""
+        seed_policy_draws(generator, self.policy.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        loss = mean_imitation_loss(self.policy, batch)
+        norm = step(self.optimizer, loss, self.config.max_grad_norm)
+        self.updates += 1
+        return {"loss": loss.detach(), "grad_norm": norm}
+
+    def learning_rate(self) -> float:
+        """The learning rate of the next update."""
+        if self.config.schedule == "constant":
+            return self.config.learning_rate
+        progress = min(self.updates / self.config.steps, 1.0)
+        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"policy": self.optimizer}
+
+    def counters(self) -> dict[str, float]:
+        return {"updates": self.updates}
+
+    def load_counters(self, counters: dict[str, float]) -> None:
+        self.updates = int(counters["updates"])
+
+
+def mean_imitation_loss(policy: Any, batch: dict[str, Any]) -> Tensor:
+    """Mean of `policy.imitation_loss` over the rows that have a valid step; 0 when none has."""
+    loss = policy.imitation_loss(batch["inputs"], batch["actions"], batch["valid"])
+    counted = batch["valid"].any(dim=1)
+    return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp(min=1)
