@@ -1,0 +1,208 @@
+"""The child side of `WorkerSimulator`: a process that runs a few environments.
+
+Started as a plain subprocess with two inherited descriptors: a socket for small messages and a file for the arrays.
+Nothing is pickled: messages are a fixed header and at times JSON. Every message carries the epoch (the incarnation of
+the worker) and a sequence number that the answer repeats, so an old answer can never be taken for a current one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any
+
+from embodied_rl.errors import UserError
+from embodied_rl.simulators.rows import Rows
+from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, TaskSpec
+
+_MAGIC = b"erl1"
+_HEADER = struct.Struct("<4sIQBBBxII")  # magic, epoch, sequence, kind, buffer, every, chunk, payload length
+_LONGEST = 2**26
+_PR_SET_PDEATHSIG = 1
+
+
+class Kind(IntEnum):
+    """What a message says."""
+
+    BUILD = 1
+    """To the worker: construct the environments; the answer holds their specs."""
+    MAP = 2
+    """To the worker: where in the file the arrays are; not answered."""
+    RESET = 3
+    CHUNK = 4
+    CLOSE = 5
+    DONE = 6
+    """From the worker: the arrays hold the result."""
+    ERROR = 7
+    """From the worker: {"user": bool, "text": message or traceback}."""
+
+
+class ProtocolError(Exception):
+    """The other side sent bytes that are no message of this conversation."""
+
+
+@dataclass(frozen=True)
+class Message:
+    kind: Kind
+    sequence: int
+    buffer: int = 0
+    """Which of the two sets of result arrays to fill."""
+    every: bool = False
+    """Observe after every action."""
+    chunk: int = 0
+    """K."""
+    payload: bytes = b""
+
+
+class Channel:
+    """Messages over a stream socket, every wait with a deadline."""
+
+    def __init__(self, connection: socket.socket, epoch: int) -> None:
+        self._socket = connection
+        self._epoch = epoch
+
+    def send(self, message: Message, timeout: float | None) -> None:
+        """Raises OSError when the other side is gone or does not read within `timeout` seconds."""
+        header = _HEADER.pack(
+            _MAGIC,
+            self._epoch,
+            message.sequence,
+            message.kind,
+            message.buffer,
+            message.every,
+            message.chunk,
+            len(message.payload),
+        )
+        self._socket.settimeout(timeout)
+        self._socket.sendall(header + message.payload)
+
+    def receive(self, deadline: float | None) -> Message:
+        """The next message. Raises TimeoutError after `deadline` (`time.monotonic`), EOFError or another OSError when the
+        other side is gone, ProtocolError when what came is no message of this epoch."""
+        header = self._read(_HEADER.size, deadline)
+        magic, epoch, sequence, kind, buffer, every, chunk, length = _HEADER.unpack(header)
+        if magic != _MAGIC or epoch != self._epoch or kind not in list(Kind) or length > _LONGEST:
+            raise ProtocolError(f"unexpected bytes {header[:16].hex()}")
+        payload = self._read(length, deadline) if length else b""
+        return Message(Kind(kind), sequence, buffer, bool(every), chunk, payload)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _read(self, count: int, deadline: float | None) -> bytes:
+        parts = bytearray()
+        while len(parts) < count:
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                raise TimeoutError
+            self._socket.settimeout(remaining)
+            part = self._socket.recv(count - len(parts))
+            if not part:
+                raise EOFError
+            parts += part
+        return bytes(parts)
+
+
+@dataclass(frozen=True)
+class Specs:
+    """What a worker tells about its environments."""
+
+    observation: ObservationSpec
+    action: ActionSpec
+    tasks: tuple[TaskSpec, ...]
+
+    def to_json(self) -> bytes:
+        return json.dumps(
+            {
+                "observation": asdict(self.observation),
+                "action": asdict(self.action),
+                "tasks": [asdict(task) for task in self.tasks],
+            }
+        ).encode()
+
+    @staticmethod
+    def from_json(text: bytes) -> Specs:
+        data = json.loads(text)
+        observation = _tuples(data["observation"])
+        observation["cameras"] = {name: CameraSpec(**camera) for name, camera in observation["cameras"].items()}
+        return Specs(
+            ObservationSpec(**observation),
+            ActionSpec(**_tuples(data["action"])),
+            tuple(TaskSpec(**task) for task in data["tasks"]),
+        )
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+
+
+def main(connection: int, memory: int, epoch: int, parent: int) -> None:
+    """Serve the process `parent` until it says CLOSE or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # asked for before a worker that hangs is killed
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return  # it died before the line above could notice
+    channel = Channel(socket.socket(fileno=connection), epoch)
+    try:
+        _serve(channel, memory)
+    except (EOFError, ConnectionError):
+        return  # the parent is gone, and with it whoever could use an answer
+    # Simulators are known to crash in their exit handlers, after all is done.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _serve(channel: Channel, memory: int) -> None:
+    rows = None
+    while True:
+        message = channel.receive(None)
+        try:
+            payload = b""
+            match message.kind:
+                case Kind.BUILD:
+                    rows, payload = _build(memory, json.loads(message.payload))
+                case Kind.MAP:
+                    rows.map(json.loads(message.payload))
+                    continue
+                case Kind.RESET:
+                    rows.reset(message.buffer)
+                case Kind.CHUNK:
+                    rows.chunk(message.buffer, message.chunk, message.every)
+                case Kind.CLOSE:
+                    rows.close()
+                    return
+            answer = Message(Kind.DONE, message.sequence, payload=payload)
+        except Exception as error:
+            user = isinstance(error, UserError)
+            text = str(error) if user else traceback.format_exc()
+            answer = Message(Kind.ERROR, message.sequence, payload=json.dumps({"user": user, "text": text}).encode())
+        channel.send(answer, None)
+
+
+def _build(memory: int, order: dict[str, Any]) -> tuple[Rows, bytes]:
+    """Construct the environments of `order` = {"target", "kwargs", "count", "first", "path"}."""
+    sys.path[:] = order["path"] + [entry for entry in sys.path if entry not in order["path"]]
+    module, _, name = order["target"].partition(":")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"'{order['target']}' cannot be loaded with {sys.executable}: {error}") from error
+    environments = [make(**order["kwargs"]) for _ in range(order["count"])]
+    rows = Rows(environments, order["first"], memory)
+    first = environments[0]
+    return rows, Specs(first.observation_spec, first.action_spec, tuple(first.tasks)).to_json()
