@@ -17,6 +17,10 @@ class SpecError(UserError):
     """A simulator and a policy whose specifications do not fit."""
 
 
+class ContractError(UserError):
+    """A simulator or policy that breaks its contract, found by `simulators.check` or `policies.check`."""
+
+
 class SimulatorDied(RuntimeError):
     """A simulator worker ended or stopped answering more often than the run allows; carries its stderr."""
 

@@ -142,8 +142,8 @@ class FlowSampler:
         self.config = config
         self.chunk = chunk
         self.dim = dim
-        self.noise_level = config.noise_level
-        """The level of the next sample; a schedule may move it."""
+        self.noise_level = 1.0 if config.method == "noise" else config.noise_level
+        """The level of the next sample, which a schedule may move; for "noise" a factor of the learned deviation."""
         self.times = [1 - k / config.steps for k in range(config.steps)] + [0.0]
 
     @property
@@ -194,16 +194,13 @@ class FlowSampler:
         steps, joint = self.config.steps, self.config.joint
         x = noise.initial
         rows = torch.arange(len(x), device=x.device)
-        level = torch.full((len(x),), self.noise_level, dtype=x.dtype, device=x.device)
         times = torch.tensor(self.times, dtype=x.dtype, device=x.device).expand(len(x), -1)
+        level = torch.full((len(x),), self.noise_level, dtype=x.dtype, device=x.device)
         chain, moments = [x], []
         for k in range(steps):
             v, hidden = velocity(prefix, x, times[:, k])
-            mean, std = self._transition(x, v, hidden, times[:, k], times[:, k + 1], level, standard_deviation)
-            if not joint:
-                stochastic = (noise.denoise_step == k)[:, None, None]
-                still, zero = ode_step(x, v, _column(times[:, k]), _column(times[:, k + 1]))
-                mean, std = torch.where(stochastic, mean, still), torch.where(stochastic, std, zero)
+            here = level if joint else level * (noise.denoise_step == k)  # level 0 is the ODE
+            mean, std = self._transition(x, v, hidden, times[:, k], times[:, k + 1], here, standard_deviation)
             x = mean + std * noise.transition[:, k if joint else 0]
             chain.append(x)
             moments.append((mean, std))
@@ -257,7 +254,7 @@ class FlowSampler:
         level: Tensor,
         standard_deviation: StandardDeviation | None,
     ) -> tuple[Tensor, Tensor]:
-        """(mean, std) [B,H,D] of the stochastic step; t, t_next, level [B]."""
+        """(mean, std) [B,H,D] of the stochastic step, the ODE's where the level is 0; t, t_next, level [B]."""
         t, t_next, level = _column(t), _column(t_next), _column(level)
         match self.config.method:
             case "sde":
@@ -265,7 +262,7 @@ class FlowSampler:
             case "cps":
                 return flow_cps_step(x, v, t, t_next, level)
             case "noise" if standard_deviation is not None:
-                return flow_noise_step(x, v, t, t_next, standard_deviation(hidden))
+                return flow_noise_step(x, v, t, t_next, level * standard_deviation(hidden))
             case "noise":
                 raise TypeError("flow sampler: method 'noise' needs a learned standard deviation")
             case _:
