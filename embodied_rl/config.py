@@ -53,6 +53,8 @@ class TrainingConfig:
 
     env_steps: int = 100_000
     """Budget of environment steps."""
+    decisions_per_iteration: int = 16
+    """Decisions of every environment per iteration: the length of an on-policy segment."""
     evaluate_every: int = 0
     """Iterations between development evaluations; 0 evaluates only at the ends."""
     development_episodes: int = 50
@@ -85,8 +87,8 @@ class RunConfig:
     """Registered simulator."""
     policy: Any
     """Registered policy."""
-    algorithm: Any
-    """Registered algorithm."""
+    algorithm: Any | None
+    """Registered algorithm; none for a run that only clones."""
     imitation: Any | None = None
     """Registered algorithm that clones the demonstrations; none starts from the policy as built."""
     demonstrations: DemonstrationsConfig | None = None
@@ -105,6 +107,9 @@ COMPONENTS: dict[str, Registry] = {
     "imitation": algorithms,
 }
 """Which registry the component fields of `RunConfig` are looked up in."""
+
+OPTIONAL = ("algorithm", "imitation")
+"""The components that a run can do without."""
 
 
 class Setting(NamedTuple):
@@ -156,7 +161,7 @@ def from_dict(values: Any) -> RunConfig:
             if not isinstance(component.get("name"), str):
                 raise UserError(f"{_flag(key)}: 'name' of the {registry.kind} is missing")
             values[key] = _build(registry.load(component.pop("name")), component, key)
-        elif key != "imitation":
+        elif key not in OPTIONAL or key not in values:
             raise UserError(f"the configuration has no {_flag(key)}")
     return _build(RunConfig, values, "")
 
@@ -174,11 +179,11 @@ def _set(config: RunConfig, key: str, text: str | None) -> RunConfig:
     if key in COMPONENTS:
         if text is None:
             raise UserError(f"{_flag(key)} needs a name: {', '.join(COMPONENTS[key].names())}")
-        off = key == "imitation" and text.lower() == "none"
+        off = key in OPTIONAL and text.lower() == "none"
         return replace(config, **{key: None if off else _default(COMPONENTS[key], text)})
     head, _, rest = key.partition(".")
-    if rest and head == "imitation" and config.imitation is None:
-        raise UserError(f"{_flag(key)}: this run clones nothing; add --imitation imitation first")
+    if rest and head in OPTIONAL and getattr(config, head) is None:
+        raise UserError(f"{_flag(key)}: this run has no {head}; add {_flag(head)} NAME")
     if rest and head == "demonstrations" and config.demonstrations is None:
         config = replace(config, demonstrations=DemonstrationsConfig())
     if key == "demonstrations" and text and text.lower() == "none":

@@ -110,7 +110,7 @@ runs = st.builds(
     recipe=st.text(max_size=8),
     simulator=instances(ToySimulator) | instances(OtherSimulator),
     policy=instances(ToyPolicy),
-    algorithm=instances(ToyAlgorithm),
+    algorithm=st.none() | instances(ToyAlgorithm),
     imitation=st.none() | instances(ToyAlgorithm),
     demonstrations=st.none() | instances(DemonstrationsConfig),
     training=instances(TrainingConfig),
@@ -130,6 +130,7 @@ def test_json_round_trip(config: RunConfig) -> None:
 @given(runs)
 def test_every_setting_can_be_typed_back(config: RunConfig) -> None:
     base = toy(simulator=type(config.simulator)(), imitation=config.imitation and ToyAlgorithm())
+    base = replace(base, algorithm=config.algorithm and ToyAlgorithm())
     base = replace(base, demonstrations=config.demonstrations and DemonstrationsConfig(), recipe=config.recipe)
     arguments = []
     for key, value, *_ in describe(config):
@@ -166,7 +167,7 @@ def test_component_swap_comes_first_and_takes_defaults() -> None:
     assert config.simulator == OtherSimulator(substeps=9)
     with_clone = override(toy(), ["--imitation=toy_algorithm", "--imitation.learning-rate=1"])
     assert with_clone.imitation == ToyAlgorithm(learning_rate=1.0)
-    assert override(with_clone, ["--imitation", "none"]).imitation is None
+    assert override(with_clone, ["--imitation", "none", "--algorithm=none"]) == toy(algorithm=None)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_component_swap_comes_first_and_takes_defaults() -> None:
         (["--policy.hidden", "12,wide"], "expects int,..., not '12,wide'"),
         (["--simulator", "toy_sin"], "unknown simulator 'toy_sin': did you mean toy_sim"),
         (["--simulator"], "needs a name"),
-        (["--imitation.learning-rate", "1"], "add --imitation"),
+        (["--imitation.learning-rate", "1"], "add --imitation NAME"),
         (["--training", "3"], "unknown setting '--training'"),
         (["--demonstrations", "3"], "unknown setting '--demonstrations'"),
         (["--recipe", "other"], "unknown setting '--recipe'"),
@@ -226,7 +227,9 @@ def test_from_dict_is_strict(path: tuple[str, ...], value: Any, message: str) ->
         from_dict(plain)
 
 
-@pytest.mark.parametrize("path", [("seed",), ("policy",), ("policy", "hidden"), ("policy", "name"), ("logging",)])
+@pytest.mark.parametrize(
+    "path", [("seed",), ("policy",), ("imitation",), ("policy", "hidden"), ("policy", "name"), ("logging",)]
+)
 def test_from_dict_misses_nothing(path: tuple[str, ...]) -> None:
     plain = to_dict(toy())
     owner = plain
