@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 GPU = Path("/dev/nvidiactl").exists()
 FILES = {
     "simulators/test_call.py": "import pytest\ndef test_a():\n    pytest.skip('reason 1')\n",
