@@ -59,4 +59,6 @@ class CriticEnsemble(nn.Module):
 @torch.no_grad()
 def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
     """target <- (1 - tau) * target + tau * source."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+        list(target.parameters()), list(source.parameters()), tau
+    )

@@ -57,12 +57,16 @@ class FlowActorCriticConfig:
     reward_scale: float = 1.0
     shaping: float = 0.0
     """Weight of potential-based shaping: reward + discount * potential(next) - potential, with potential 0 after
-    termination, so that the best policy stays the same (Ng, Harada and Russell, ICML 1999)."""
+    termination, so that the best policy stays the same (Ng, Harada and Russell, ICML 1999). Success is then the reward
+    and the environment's dense reward the potential; with 0 the environment's reward is learned from as it is."""
     replay_capacity: int = 200_000
     """Decisions kept."""
     learning_starts: int = 8000
     """Environment steps collected before the first update."""
     updates_per_decision: float = 0.25
+    """Updates per decision of one environment; the critic's warm-up comes on top, at once."""
+    exploration_noise: float = 0.1
+    """Standard deviation of the Gaussian noise on executed actions, in units of half the action range."""
 
     def build(self, policy: Any, seed: int) -> FlowActorCritic:
         """The algorithm on `policy`; `seed` initialises the critics."""
@@ -107,12 +111,15 @@ class FlowActorCritic(OffPolicyAlgorithm):
         discount = torch.where(data.pop("terminated"), 0.0, discount)
         shaping = discount * data.pop("next_potential") - data.pop("potential")
         reward = config.reward_scale * reward + config.shaping * shaping
-        if anchor is not None:
-            anchor = _to_device(anchor, self.policy.device)
-            missing = self.policy.horizon - anchor["actions"].shape[1]
-            anchor["actions"] = F.pad(anchor["actions"], (0, 0, 0, missing))
-            anchor["valid"] = F.pad(anchor["valid"], (0, missing))
-        return data | {"reward": reward, "discount": discount, "anchor": anchor}
+        return data | {"reward": reward, "discount": discount, "anchor": self._padded(anchor)}
+
+    def _padded(self, anchor: dict[str, Any] | None) -> dict[str, Any] | None:
+        if anchor is None:
+            return None
+        data = _to_device(anchor, self.policy.device)
+        missing = self.policy.horizon - data["actions"].shape[1]
+        actions, valid = F.pad(data["actions"], (0, 0, 0, missing)), F.pad(data["valid"], (0, missing))
+        return {"inputs": data["inputs"], "actions": actions, "valid": valid}
 
     def update(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         """One critic update and, every `actor_every`-th after the warm-up, one actor update.
@@ -133,7 +140,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
         q = self.critic(self._critic_input(features, batch["actions"], batch["valid"]))
         loss = (q - target).square().mean(dim=1).sum()
         metrics = {"critic_loss": loss.detach(), "q": q.detach().mean(), "target": target.mean()}
-        metrics["critic_grad_norm"] = step(self.critic_optimizer, loss, self.config.max_grad_norm)
+        metrics["critic_grad_norm"] = step(loss, self.critic_optimizer, self.config.max_grad_norm)
         polyak(self.target, self.critic, self.config.tau)
         if train_actor:
             metrics |= self._update_actor(batch["inputs"], features, batch["anchor"])
@@ -148,7 +155,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
             flow_loss = mean_imitation_loss(self.policy, anchor)
             loss = loss + self.config.flow_weight * flow_loss
             metrics["flow_loss"] = flow_loss.detach()
-        norm = step(self.actor_optimizer, loss, self.config.max_grad_norm)
+        norm = step(loss, self.actor_optimizer, self.config.max_grad_norm)
         return metrics | {"actor_loss": loss.detach(), "actor_grad_norm": norm}
 
     def _critic_input(self, features: Tensor, actions: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -46,7 +46,7 @@ class Imitation(ImitationAlgorithm):
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         loss = mean_imitation_loss(self.policy, batch)
-        norm = step(self.optimizer, loss, self.config.max_grad_norm)
+        norm = step(loss, self.optimizer, self.config.max_grad_norm)
         self.updates += 1
         return {"loss": loss.detach(), "grad_norm": norm}
 

@@ -1,13 +1,16 @@
-"""What every algorithm does around a loss: seeding, stepping an optimizer, refusing numbers that are not finite."""
+"""What every algorithm does around a loss: seeding, stepping optimizers, refusing numbers that are not finite."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import UserError
+
+Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
 def seed_policy_draws(generator: torch.Generator, device: torch.device) -> None:
@@ -18,35 +21,56 @@ def seed_policy_draws(generator: torch.Generator, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """The parameters that are not frozen."""
-    return [parameter for parameter in parameters if parameter.requires_grad]
-
-
 def adam(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW (plain Adam without decay), fused: one kernel per step instead of ten per parameter."""
-    return torch.optim.AdamW(trainable(parameters), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    """AdamW (plain Adam without decay) of the parameters that are not frozen, fused into one kernel per step. Raises
+    `UserError` when all are frozen."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        raise UserError("nothing to train: the policy has no unfrozen parameter of the kind this algorithm improves")
+    return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
-def step(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float, retain_graph: bool = False) -> Tensor:
-    """One step on `loss`, differentiated with respect to this optimizer's parameters and nothing else, so that no
-    gradient is left behind for another optimizer. Returns the gradient norm [] before clipping."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+def backward(loss: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Gradients of `loss` for the parameters of `optimizers` and of nothing else, in place of what was there before.
+    Returns the gradient norm [] of each optimizer's own parameters."""
+    parameters = {name: _parameters(optimizer) for name, optimizer in optimizers.items()}
+    flat = [parameter for group in parameters.values() for parameter in group]
+    gradients = torch.autograd.grad(loss, flat, allow_unused=True)
+    for parameter, gradient in zip(flat, gradients, strict=True):
         parameter.grad = gradient
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+    return {
+        name: nn.utils.get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
+        for name, group in parameters.items()
+    }
 
 
-def check_finite(tensors: Mapping[str, Tensor | float], update: int) -> None:
-    """Raise `UserError` naming the first tensor that is not finite; one host synchronisation for all of them."""
-    names = list(tensors)
-    finite = torch.stack([torch.as_tensor(tensors[name]).detach().float().isfinite().all() for name in names])
-    for name, good in zip(names, finite.tolist(), strict=True):
-        if not good:
+def apply(optimizers: Optimizers, norms: Mapping[str, Tensor], max_grad_norm: float) -> None:
+    """Clip each optimizer's gradients by its own norm, step, and leave no gradient behind."""
+    for name, optimizer in optimizers.items():
+        nn.utils.clip_grads_with_norm_(_parameters(optimizer), max_grad_norm, norms[name])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def step(loss: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+    """`backward` and `apply` for one optimizer; returns the gradient norm [] before clipping."""
+    norms = backward(loss, {"": optimizer})
+    apply({"": optimizer}, norms, max_grad_norm)
+    return norms[""]
+
+
+def read_finite(tensors: Mapping[str, Tensor], update: int) -> dict[str, float]:
+    """The values of scalar tensors, in one host synchronisation. Raises `UserError` naming the first not finite."""
+    values = dict(
+        zip(tensors, torch.stack([tensor.detach().float() for tensor in tensors.values()]).tolist(), strict=True)
+    )
+    for name, value in values.items():
+        if not math.isfinite(value):
             raise UserError(
-                f"{name} is not finite in update {update}: lower the learning rate, or check rewards and observations"
+                f"{name} is {value} in update {update}: lower the learning rate, or check rewards and observations"
             )
+    return values
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,118 @@
+"""Losses of policy-gradient algorithms, as pure functions of tensors.
+
+Elementwise functions return one number per ratio; `aggregate` makes a loss of them. Masked entries never get a
+gradient, whatever they hold.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Granularity = Literal["token", "action", "chunk"]
+
+
+def term_mask(valid: Tensor, term_step: Tensor, log_prob_mask: Tensor | None = None) -> Tensor:
+    """bool [B,L]: which log-prob terms count. A term counts when its action does (`valid` bool [B,K]); terms of the
+    whole chunk (`term_step` [L] or [B,L] is -1) count in every row with a valid action."""
+    steps = term_step.expand(len(valid), -1)
+    mask = torch.where(steps < 0, valid.any(1, keepdim=True), valid.gather(1, steps.clamp(min=0)))
+    return mask if log_prob_mask is None else mask & log_prob_mask
+
+
+def segment_sums(
+    terms: Tensor, mask: Tensor, term_step: Tensor, steps: int, granularity: Granularity
+) -> tuple[Tensor, Tensor]:
+    """Sum the terms [B,L] that share a probability ratio: (sums, mask), each [B,L], [B,steps] or [B,1] for "token",
+    "action" and "chunk". Masked terms add nothing; a sum without any term is masked. "action" needs `term_step` >= 0.
+    """
+    terms = torch.where(mask, terms, 0.0)
+    if granularity == "token":
+        return terms, mask
+    if granularity == "chunk":
+        return terms.sum(1, keepdim=True), mask.any(1, keepdim=True)
+    index = term_step.expand(len(terms), -1)
+    sums = terms.new_zeros(len(terms), steps).scatter_add(1, index, terms)
+    counts = terms.new_zeros(len(terms), steps).scatter_add(1, index, mask.to(terms.dtype))
+    return sums, counts > 0
+
+
+def aggregate(
+    x: Tensor, mask: Tensor, over: Literal["terms", "rows"] = "terms", denominator: Tensor | None = None
+) -> Tensor:
+    """Masked mean []: "terms" weighs every True entry of `mask` [B,M] alike (their number can be replaced by
+    `denominator`), "rows" every row that has one. 0 when nothing is True."""
+    x = torch.where(mask, x, 0.0)
+    if over == "terms":
+        count = mask.sum() if denominator is None else denominator
+        return x.sum() / count.clamp(min=1)
+    per_row = x.sum(1) / mask.sum(1).clamp(min=1)
+    return per_row.sum() / mask.any(1).sum().clamp(min=1)
+
+
+def policy_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate of PPO (arXiv 1707.06347): (loss, clipped) with the shape of `log_prob`.
+
+        rho  = exp(log_prob - old_log_prob)
+        loss = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), at most dual_clip * |A| where A < 0
+
+    `clipped` is True where the first bound cuts the gradient. Clip-higher: arXiv 2503.14476; dual clip (> 1):
+    arXiv 1912.09729. `advantages` broadcasts.
+    """
+    ratio = torch.where(mask, log_prob - old_log_prob, 0.0).exp()
+    plain = -advantages * ratio
+    bounded = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(plain, bounded)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    return loss, (bounded > plain) & mask
+
+
+def value_loss(
+    value: Tensor,
+    old_value: Tensor,
+    returns: Tensor,
+    clip: float | None = None,
+    huber_delta: float | None = None,
+) -> Tensor:
+    """Elementwise error of the critic: (V - R)^2 / 2, or Huber's function of V - R, quadratic up to `huber_delta`.
+    With `clip`, the larger of this and the same for V limited to `old_value` +- clip."""
+
+    def error(prediction: Tensor) -> Tensor:
+        if huber_delta is None:
+            return 0.5 * (prediction - returns).square()
+        return F.huber_loss(prediction, returns, reduction="none", delta=huber_delta)
+
+    loss = error(value)
+    if clip is None:
+        return loss
+    return torch.maximum(loss, error(old_value + (value - old_value).clamp(-clip, clip)))
+
+
+def kl_estimate(log_prob: Tensor, ref_log_prob: Tensor, kind: Literal["k1", "abs", "k2", "k3"]) -> Tensor:
+    """Elementwise estimate of KL(p || ref) from samples of p, whose log-probs these are.
+
+        k1 = d, abs = |d|, k2 = d^2 / 2, k3 = exp(-d) - 1 + d with d = log_prob - ref_log_prob
+
+    k3 (http://joschu.net/blog/kl-approx.html) is unbiased and never negative; d is limited to +-20, the result to 10.
+    """
+    difference = log_prob - ref_log_prob
+    if kind == "k1":
+        return difference
+    if kind == "abs":
+        return difference.abs()
+    if kind == "k2":
+        return 0.5 * difference.square()
+    difference = difference.clamp(-20, 20)
+    return (torch.exp(-difference) - 1 + difference).clamp(max=10)
