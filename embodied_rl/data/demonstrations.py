@@ -141,7 +141,8 @@ def _write_episode(group: h5py.Group, episode: DemonstrationEpisode) -> None:
 
 
 def _read_episode(group: Any, info: dict[str, Any]) -> DemonstrationEpisode:
-    observation, images = group.get("obs"), {}
+    observation: Any = group.get("obs")
+    images: dict[str, np.ndarray] = {}
     if isinstance(observation, h5py.Group):
         for camera, data in observation.get("sensor_data", {}).items():
             if "rgb" in data:

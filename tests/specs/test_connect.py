@@ -125,7 +125,7 @@ def test_unbounded_dimensions_that_agree_are_left_alone() -> None:
 def test_resize_is_pillows_bilinear(source: tuple[int, int], target: tuple[int, int]) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, *source, 3), np.uint8)
     ours = Resize(source, target)(images)
-    theirs = [np.asarray(Image.fromarray(i).resize(target[::-1], Image.Resampling.BILINEAR)) for i in images]
+    theirs = [np.asarray(Image.fromarray(i).resize((target[1], target[0]), Image.Resampling.BILINEAR)) for i in images]
     assert np.abs(ours.astype(int) - np.stack(theirs)).max() <= 1
 
 
