@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Steps:
     def zeros(*shape: int) -> Steps:
         return Steps(**{name: np.zeros(size, dtype) for name, (dtype, size) in Steps.fields(*shape).items()})
 
-    def __getitem__(self, index: object) -> Steps:
+    def __getitem__(self, index: Any) -> Steps:
         """Views of every array."""
         return Steps(*(array[index] for array in self._arrays()))
 
@@ -58,11 +58,11 @@ class Steps:
 
 def run_chunk(
     environment: Environment, actions: np.ndarray, steps: Steps, observe: Callable[[int], None] | None = None
-) -> bool:
-    """Execute float32 [K,A] until the episode ends; nothing after its end is executed. Fills `steps` [K], calls
-    `observe(k)` after every executed action and returns whether the episode ended."""
-    steps.clear()
-    for k, action in enumerate(np.array(actions)):  # a copy: the environment may keep or change what it is given
+) -> tuple[int, bool]:
+    """Execute float32 [K,A] until the episode ends; nothing after its end is executed. Writes the executed part of
+    `steps` [K], whose arrays must be zero, and calls `observe(k)` after every executed action. Returns (executed
+    actions, whether the episode ended)."""
+    for k, action in enumerate(actions):
         reward, terminated, truncated, success = environment.step(action)
         steps.valid[k] = True
         steps.reward[k] = reward
@@ -72,8 +72,8 @@ def run_chunk(
         if observe:
             observe(k)
         if terminated or truncated:
-            return True
-    return False
+            return k + 1, True
+    return len(actions), False
 
 
 def frame_fields(spec: ObservationSpec, *batch: int) -> Fields:
@@ -161,15 +161,17 @@ class Ledger:
         `intermediate` K frames. Rows that are `lost` start again from their own ticket."""
         self._length += steps.valid.sum(1)
         # Added one by one, so that a return does not depend on how its episode was cut into chunks.
-        self._return = np.add.accumulate(np.c_[self._return, steps.reward], axis=1)[:, -1]
+        earned = np.concatenate([self._return[:, None], steps.reward], axis=1)
+        self._return = np.add.accumulate(earned, axis=1)[:, -1]
         self._success |= steps.success.any(1)
         rows = np.flatnonzero((steps.terminated | steps.truncated).any(1))
         episodes = [self._episode(int(row), steps[row]) for row in rows]
         final_observation = self.observation({k: v[rows] for k, v in final.items()}, rows) if len(rows) else None
         frames = None if intermediate is None else [self.observation(each) for each in intermediate]
-        again = np.flatnonzero(lost)
-        self.start(again, self.tickets[again], self.states[again])
-        self.start(rows, next_tickets[rows], self.scheduled(next_tickets[rows]))
+        if lost.any():
+            self.start(np.flatnonzero(lost), self.tickets[lost], self.states[lost])
+        if len(rows):
+            self.start(rows, next_tickets[rows], self.scheduled(next_tickets[rows]))
         return ChunkResult(
             observation=self.observation(frame),
             reward=steps.reward,

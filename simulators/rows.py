@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from embodied_rl.simulators.base import Environment
-from embodied_rl.simulators.chunk import Fields, Steps, frame_fields, initial_state, run_chunk, write_frame
+from embodied_rl.simulators.chunk import Fields, Frame, Steps, frame_fields, initial_state, run_chunk, write_frame
 from embodied_rl.simulators.shared_arrays import map_arrays
 from embodied_rl.specs import ObservationSpec
 
@@ -15,9 +16,9 @@ from embodied_rl.specs import ObservationSpec
 def block_fields(spec: ObservationSpec, action_dim: int, num_envs: int, chunk: int, every: bool) -> Fields:
     """The arrays that a simulator's processes share, for chunks of at most `chunk` actions.
 
-    In: `actions` [N,K,A], `run` [N] (execute the actions, or reset), `states` [N,3] (the next initial state, task -1 for
-    none). Out, twice, so that a result outlives the next call: `0.` and `1.` with reward ... [N,K] and the observation
-    [N,...]. Out, once: `final.` [N,...] and, when `every`, `every.` [K,N,...].
+    In: `actions` [N,K,A], `run` [N] (execute the actions, or reset), `states` [N,3] (the next initial state, task -1
+    for none). Out, twice, so that a result outlives the next call: `0.` and `1.` with reward ... [N,K] and the
+    observation [N,...]. Out, once: `final.` [N,...] and, when `every`, `every.` [K,N,...].
     """
     fields: Fields = {
         "actions": ("f4", (num_envs, chunk, action_dim)),
@@ -72,35 +73,34 @@ class Rows:
     def chunk(self, buffer: int, chunk: int, every: bool) -> None:
         """Run a chunk in the rows that `run`, reset those that ended to `states`, and observe into `buffer`."""
         block = self._mapped()
-        for row, environment in enumerate(self._environments, self._first):
-            steps = block.steps[buffer][row, :chunk]
-            last = [{name: array[k] for name, array in block.every.items()} for k in range(chunk)] if every else []
-            if not block.run[row]:
-                steps.clear()
-                _copy(block.frames[buffer], block.frames[1 - buffer], row)
-                for frame in last:
-                    _copy(frame, block.frames[buffer], row)
-            else:
-                self._run(environment, row, buffer, steps, last)
+        rows = slice(self._first, self._first + len(self._environments))
+        # A copy: an environment may keep or change what it is given.
+        actions = block.actions[rows, :chunk].copy()
+        block.steps[buffer][rows, :chunk].clear()
+        last = [{name: array[k] for name, array in block.every.items()} for k in range(chunk)] if every else []
+        for row, environment, todo in zip(range(rows.start, rows.stop), self._environments, actions, strict=True):
+            if block.run[row]:
+                self._run(environment, row, buffer, todo, last)
+                continue
+            for frame in (block.frames[buffer], *last):
+                _copy(frame, block.frames[1 - buffer], row)
 
     def close(self) -> None:
         for environment in self._environments:
             environment.close()
 
     def _run(
-        self, environment: Environment, row: int, buffer: int, steps: Steps, every: list[dict[str, np.ndarray]]
+        self, environment: Environment, row: int, buffer: int, actions: np.ndarray, every: Sequence[Frame]
     ) -> None:
         block = self._mapped()
         frame = block.frames[buffer]
-        actions = block.actions[row, : len(steps.valid)]
+        steps = block.steps[buffer][row, : len(actions)]
         observe = (lambda k: write_frame(every[k], row, environment.observe())) if every else None
-        ended = run_chunk(environment, actions, steps, observe)
-        executed = int(steps.valid.sum())
-        for later in every[executed:]:
-            _copy(later, every[executed - 1], row)
+        executed, ended = run_chunk(environment, actions, steps, observe)
         current = block.final if ended else frame
         if every:
-            _copy(current, every[executed - 1], row)
+            for later in (*every[executed:], current):
+                _copy(later, every[executed - 1], row)
         else:
             write_frame(current, row, environment.observe())
         if not ended:
@@ -126,6 +126,6 @@ def _group(arrays: dict[str, np.ndarray], group: str) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-def _copy(target: dict[str, np.ndarray], source: dict[str, np.ndarray], row: int) -> None:
+def _copy(target: Frame, source: Frame, row: int) -> None:
     for name, array in target.items():
         array[row] = source[name][row]

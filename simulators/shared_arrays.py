@@ -33,8 +33,8 @@ def map_arrays(descriptor: int, start: int, fields: Fields) -> dict[str, np.ndar
 
 
 class SharedMemory:
-    """An anonymous file that only grows: a block once handed out keeps its place, so arrays mapped over an earlier block
-    stay valid when a larger one follows. Leaves nothing in the file system."""
+    """An anonymous file that only grows: a block once handed out keeps its place, so arrays mapped over an earlier
+    block stay valid when a larger one follows. Leaves nothing in the file system."""
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("embodied_rl")

@@ -48,6 +48,9 @@ class Kind(IntEnum):
     """From the worker: {"user": bool, "text": message or traceback}."""
 
 
+_KINDS = {int(kind): kind for kind in Kind}
+
+
 class ProtocolError(Exception):
     """The other side sent bytes that are no message of this conversation."""
 
@@ -88,14 +91,14 @@ class Channel:
         self._socket.sendall(header + message.payload)
 
     def receive(self, deadline: float | None) -> Message:
-        """The next message. Raises TimeoutError after `deadline` (`time.monotonic`), EOFError or another OSError when the
-        other side is gone, ProtocolError when what came is no message of this epoch."""
+        """The next message. Raises TimeoutError after `deadline` (`time.monotonic`), EOFError or another OSError when
+        the other side is gone, ProtocolError when what came is no message of this epoch."""
         header = self._read(_HEADER.size, deadline)
         magic, epoch, sequence, kind, buffer, every, chunk, length = _HEADER.unpack(header)
-        if magic != _MAGIC or epoch != self._epoch or kind not in list(Kind) or length > _LONGEST:
+        if magic != _MAGIC or epoch != self._epoch or kind not in _KINDS or length > _LONGEST:
             raise ProtocolError(f"unexpected bytes {header[:16].hex()}")
         payload = self._read(length, deadline) if length else b""
-        return Message(Kind(kind), sequence, buffer, bool(every), chunk, payload)
+        return Message(_KINDS[kind], sequence, buffer, bool(every), chunk, payload)
 
     def close(self) -> None:
         self._socket.close()
@@ -168,11 +171,10 @@ def main(connection: int, memory: int, epoch: int, parent: int) -> None:
 
 
 def _serve(channel: Channel, memory: int) -> None:
-    rows = None
-    while True:
-        message = channel.receive(None)
+    rows = Rows([], 0, memory)
+    while (message := channel.receive(None)).kind is not Kind.CLOSE:
+        payload = b""
         try:
-            payload = b""
             match message.kind:
                 case Kind.BUILD:
                     rows, payload = _build(memory, json.loads(message.payload))
@@ -183,15 +185,13 @@ def _serve(channel: Channel, memory: int) -> None:
                     rows.reset(message.buffer)
                 case Kind.CHUNK:
                     rows.chunk(message.buffer, message.chunk, message.every)
-                case Kind.CLOSE:
-                    rows.close()
-                    return
             answer = Message(Kind.DONE, message.sequence, payload=payload)
         except Exception as error:
             user = isinstance(error, UserError)
             text = str(error) if user else traceback.format_exc()
             answer = Message(Kind.ERROR, message.sequence, payload=json.dumps({"user": user, "text": text}).encode())
         channel.send(answer, None)
+    rows.close()
 
 
 def _build(memory: int, order: dict[str, Any]) -> tuple[Rows, bytes]:

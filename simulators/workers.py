@@ -304,7 +304,7 @@ class _Worker:
         self._death: _Died | None = None
         self._log: BinaryIO
         if log_dir is None:
-            self._log = tempfile.TemporaryFile("a+b")
+            self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115
         else:
             log_dir.mkdir(parents=True, exist_ok=True)
             self._log = open(log_dir / f"worker-{index}.log", "a+b")  # noqa: SIM115 - lives as long as the worker
@@ -410,7 +410,7 @@ class _Spawner:
         os.register_at_fork(after_in_child=self._renew)  # a fork has no such thread
 
     def __call__(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return self._thread.submit(subprocess.Popen, command, **options).result(timeout=60)
+        return self._thread.submit(lambda: subprocess.Popen[bytes](command, **options)).result(timeout=60)
 
     def _renew(self) -> None:
         self._thread = ThreadPoolExecutor(1, "simulator-spawner")
