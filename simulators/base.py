@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -139,3 +140,34 @@ class BatchedEnvironment(ABC):
 
     def close(self) -> None:  # noqa: B027 - optional
         """Release the simulator."""
+
+
+class Demonstrator(Protocol):
+    """A scripted expert acting from the state of N rows; the caller adds noise."""
+
+    def reset(self, rows: np.ndarray) -> None:
+        """Forget what the episodes of `rows` (indices or a mask) were doing."""
+        ...
+
+    def actions(self, state: np.ndarray) -> np.ndarray:
+        """float32 [N,A] for states [N,S], in simulator units."""
+        ...
+
+
+class SimulatorConfig(Protocol):
+    """What the configuration dataclass behind a registered simulator name offers; importing it imports no simulator."""
+
+    num_envs: int
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks that `InitialState.task` indexes."""
+        ...
+
+    def build(self, schedule: ResetSchedule, *, log_dir: Path | None = None) -> Simulator:
+        """Start the simulator; raises `UserError` for whatever cannot be run."""
+        ...
+
+    def demonstrator(self) -> Demonstrator:
+        """The scripted expert of the task; raises `UserError` when there is none."""
+        ...

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embodied_rl.errors import UserError, unknown
-from embodied_rl.simulators.base import ResetSchedule, Simulator
+from embodied_rl.simulators.base import Demonstrator, ResetSchedule, Simulator
 
 OBSERVATIONS = ("state", "rgb", "state+rgb")
 REWARDS = ("sparse", "normalized_dense", "dense", "none")
@@ -55,6 +55,17 @@ class ManiSkillConfig:
         skip = ("num_envs", "workers", "backend")
         kwargs = {name: value for name, value in asdict(self).items() if name not in skip}
         return "embodied_rl.simulators.maniskill.environment:ManiSkillEnvironment", kwargs
+
+    @property
+    def num_tasks(self) -> int:
+        """One configuration runs one task."""
+        return 1
+
+    def demonstrator(self) -> Demonstrator:
+        """The scripted expert; raises `UserError` for a task or controller without one."""
+        from embodied_rl.simulators.maniskill.demonstrator import ScriptedPickCube
+
+        return ScriptedPickCube(self.task, self.control_mode or "", self.num_envs)
 
     def build(self, schedule: ResetSchedule, *, log_dir: Path | None = None) -> Simulator:
         """Start the simulator; its resets follow `schedule`, worker logs go to `log_dir`.

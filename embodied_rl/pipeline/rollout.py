@@ -1,0 +1,174 @@
+"""The rollout worker: a policy acting in a simulator, decision by decision.
+
+It owns what must not depend on batching, workers or executors: which ticket a row runs, how many decisions into the
+episode it is, and hence the noise of every decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from embodied_rl.errors import UserError
+from embodied_rl.policies.base import Inputs, Policy
+from embodied_rl.randomness import RowNoise
+from embodied_rl.simulators.base import WAIT, Simulator
+from embodied_rl.specs import Connection
+from embodied_rl.types import ActionSample, ChunkResult, Observation, Trajectory
+
+
+class TicketCounter:
+    """Issues consecutive tickets from `first`; `WAIT` from `end` on."""
+
+    def __init__(self, first: int, end: int | None = None) -> None:
+        self.next = first
+        self.end = end
+
+    def issue(self, count: int) -> np.ndarray:
+        """int64 [count]."""
+        tickets = np.arange(self.next, self.next + count, dtype=np.int64)
+        if self.end is not None:
+            tickets[tickets >= self.end] = WAIT
+            count = int((tickets != WAIT).sum())
+        self.next += count
+        return tickets
+
+
+@dataclass
+class Decision:
+    """One decision of all N rows and what became of it."""
+
+    inputs: Inputs
+    """What the policy saw, [N,...]."""
+    sample: ActionSample
+    result: ChunkResult
+    next_inputs: Inputs
+    """What it sees next (after the border reset for rows that ended), [N,...]."""
+    final_inputs: Inputs | None
+    """The true last observation of the rows `result.final_rows`, [E,...]."""
+    tickets: np.ndarray
+    """int64 [N], the episode each row was in."""
+
+
+class RolloutWorker:
+    """`begin` decides and starts a chunk, `finish` waits for it; a learner may work between the two."""
+
+    def __init__(self, simulator: Simulator, policy: Policy, connection: Connection, seed: int) -> None:
+        self.simulator = simulator
+        self.policy = policy
+        self.connection = connection
+        self.seed = seed
+        self.env_steps = 0
+        """Valid environment steps so far."""
+        self.lost_episodes = 0
+
+    def restart(self, tickets: TicketCounter) -> None:
+        """Abandon what runs and start fresh episodes in every row, with tickets from `tickets`."""
+        self._counter = tickets
+        self.tickets = tickets.issue(self.simulator.num_envs)
+        self._next_tickets = tickets.issue(self.simulator.num_envs)
+        self._decisions = np.zeros(self.simulator.num_envs, dtype=np.int64)
+        self._inputs = self._prepare(self.simulator.reset(tickets=self.tickets))
+
+    @torch.no_grad()
+    def begin(
+        self, deterministic: bool = False, exploration: float = 0.0, observe: Literal["last", "all"] = "last"
+    ) -> None:
+        """Decide in every row and send the chunk. `exploration`: standard deviation of Gaussian noise added to the
+        actions, in units of half the action range."""
+        noise = RowNoise(self.seed, self.tickets, self._decisions)
+        sample = self.policy.act(self._inputs, deterministic, noise)
+        if exploration:
+            low = torch.tensor(self.policy.action_spec.low, device=sample.actions.device)
+            high = torch.tensor(self.policy.action_spec.high, device=sample.actions.device)
+            jitter = torch.from_numpy(noise.normal(*sample.actions.shape[1:])).to(sample.actions.device)
+            moved = sample.actions + exploration * jitter * (high - low) / 2
+            sample.actions = torch.minimum(torch.maximum(moved, low), high)
+        actions = sample.actions.numpy(force=True)
+        if not np.isfinite(actions).all():
+            row = int(np.flatnonzero(~np.isfinite(actions).all(axis=(1, 2)))[0])
+            raise UserError(
+                f"the policy chose a non-finite action (ticket {self.tickets[row]}, decision {self._decisions[row]}, "
+                f"env step {self.env_steps}): lower the learning rate or resume from an earlier checkpoint"
+            )
+        self._sample = sample
+        self.simulator.send(self.connection.action(actions), observe, self._next_tickets)
+
+    @torch.no_grad()
+    def finish(self) -> Decision:
+        """Wait for the chunk that `begin` sent."""
+        result = self.simulator.receive()
+        for name in ("reward", "terminated", "truncated", "valid"):  # small; the simulator reuses its buffers
+            setattr(result, name, np.array(getattr(result, name)))
+        inputs, tickets = self._inputs, self.tickets.copy()
+        self.env_steps += int(result.valid.sum())
+        self.lost_episodes += int(result.lost.sum())
+        ended = np.isin(np.arange(len(tickets)), result.final_rows)
+        self.tickets = np.array(result.tickets)
+        self._decisions = np.where(ended | result.lost, 0, self._decisions + 1)
+        self._next_tickets[ended] = self._counter.issue(int(ended.sum()))
+        final = None if result.final_observation is None else self._prepare(result.final_observation)
+        self._inputs = self._prepare(result.observation)
+        return Decision(inputs, self._sample, result, self._inputs, final, tickets)
+
+    def collect(self, decisions: int, version: int) -> Trajectory:
+        """A segment of `decisions` decisions for an on-policy learner, in weights `version`."""
+        steps: list[Decision] = []
+        for _ in range(decisions):
+            self.begin()
+            steps.append(self.finish())
+        return self._trajectory(steps, version)
+
+    @torch.no_grad()
+    def _trajectory(self, steps: list[Decision], version: int) -> Trajectory:
+        def stack(name: str) -> torch.Tensor:
+            return torch.from_numpy(np.stack([getattr(step.result, name) for step in steps])).to(self.policy.device)
+
+        valid = stack("valid")
+        tickets = np.stack([step.tickets for step in steps])
+        for t, step in enumerate(steps):  # nothing of a lost episode is learned from
+            for row in np.flatnonzero(step.result.lost):
+                valid[: t + 1, row][torch.from_numpy(tickets[: t + 1, row] == tickets[t, row])] = False
+        final_value = torch.zeros(valid.shape[:2], device=self.policy.device)
+        for t, step in enumerate(steps):
+            if step.final_inputs is not None:
+                cut = torch.from_numpy(step.result.truncated[step.result.final_rows].any(axis=1))
+                if cut.any():
+                    rows = torch.from_numpy(step.result.final_rows)[cut]
+                    final_value[t, rows] = self.policy.value({k: v[cut] for k, v in step.final_inputs.items()})
+        return Trajectory(
+            inputs={key: torch.stack([step.inputs[key] for step in steps]) for key in steps[0].inputs},
+            trace={key: torch.stack([step.sample.trace[key] for step in steps]) for key in steps[0].sample.trace},
+            actions=torch.stack([step.sample.actions for step in steps]),
+            log_prob=torch.stack([_required(step.sample.log_prob) for step in steps]),
+            value=torch.stack([_required(step.sample.value) for step in steps]),
+            last_value=self.policy.value(steps[-1].next_inputs),
+            final_value=final_value,
+            reward=stack("reward"),
+            terminated=stack("terminated"),
+            truncated=stack("truncated"),
+            valid=valid,
+            tickets=torch.from_numpy(tickets),
+            version=version,
+            episodes=[episode for step in steps for episode in step.result.episodes],
+        )
+
+    def _prepare(self, observation: Observation) -> Inputs:
+        for name, array in (("state", observation.state), ("privileged", observation.privileged)):
+            if array is not None and not np.isfinite(array).all():
+                row, column = np.argwhere(~np.isfinite(array))[0]
+                raise UserError(
+                    f"observation.{name}[{row},{column}] is {array[row, column]} after env step {self.env_steps} "
+                    f"(simulator {type(self.simulator).__name__}): the simulation diverged; lower the action limits or "
+                    f"leave this initial state out"
+                )
+        return self.policy.prepare(self.connection.observation(observation))
+
+
+def _required(tensor: torch.Tensor | None) -> torch.Tensor:
+    if tensor is None:
+        raise TypeError("an on-policy algorithm needs a policy that returns log-probs and values from act()")
+    return tensor

@@ -1,0 +1,74 @@
+"""Evaluation: a fixed list of episodes, run once each, reported with n and a 95 % Wilson interval."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from embodied_rl.errors import UserError
+from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.types import Episode
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % score interval of a proportion (E. B. Wilson, JASA 1927); (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What `episodes` episodes gave. `success` counts an episode that succeeded at any step (`success_once`)."""
+
+    name: str
+    episodes: int
+    successes: int
+    success: float | None
+    """None when the task defines no success."""
+    low: float
+    high: float
+    mean_return: float
+    mean_length: float
+
+    @staticmethod
+    def of(name: str, episodes: list[Episode]) -> EvaluationResult:
+        n = len(episodes)
+        if n == 0:
+            raise UserError(f"evaluation '{name}' has no episodes: ask for at least one")
+        judged = all(episode.success_once is not None for episode in episodes)
+        successes = sum(bool(episode.success_once) for episode in episodes)
+        low, high = wilson(successes, n) if judged else (0.0, 1.0)
+        return EvaluationResult(
+            name=name,
+            episodes=n,
+            successes=successes,
+            success=successes / n if judged else None,
+            low=low,
+            high=high,
+            mean_return=float(np.mean([episode.episode_return for episode in episodes])),
+            mean_length=float(np.mean([episode.length for episode in episodes])),
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def run_episodes(worker: RolloutWorker, tickets: range, deterministic: bool = True) -> list[Episode]:
+    """Run the episodes `tickets` once each and return their records in ticket order.
+
+    An episode lost to a worker's death is run again with the same ticket, so the list is always complete. Abandons
+    what `worker` was doing: call `worker.restart` before going on with training.
+    """
+    worker.restart(TicketCounter(tickets.start, tickets.stop))
+    episodes: list[Episode] = []
+    while len(episodes) < len(tickets):
+        worker.begin(deterministic)
+        episodes += worker.finish().result.episodes
+    return sorted(episodes, key=lambda episode: episode.ticket)

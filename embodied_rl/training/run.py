@@ -1,0 +1,310 @@
+"""One run from configuration to report: demonstrations, cloning, reinforcement learning, evaluation.
+
+The run folder holds everything: config.json, demonstrations.h5, metrics.jsonl, checkpoints/, logs/, result.json and
+report.html. A run that is killed goes on from its newest checkpoint with the numbers it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OffPolicyAlgorithm, OnPolicyAlgorithm
+from embodied_rl.config import RunConfig, to_dict
+from embodied_rl.data.demonstrations import DemonstrationEpisode, chunks, read, write
+from embodied_rl.errors import UserError
+from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.specs import connect
+from embodied_rl.training import checkpoint
+from embodied_rl.training.demonstrations import demonstrate
+from embodied_rl.training.evaluation import EvaluationResult, run_episodes
+from embodied_rl.training.files import write_json
+from embodied_rl.training.metrics import MetricLogger
+from embodied_rl.training.progress import Progress
+from embodied_rl.training.report import versions, write_report
+from embodied_rl.training.streams import Streams
+from embodied_rl.training.trajectories import record_trajectories
+from embodied_rl.training.workflows import OffPolicyWorkflow, OnPolicyWorkflow, Workflow, imitate
+from embodied_rl.types import Observation
+
+
+def train(config: RunConfig, out: Path, resume: bool = False) -> dict[str, Any]:
+    """Run `config` in folder `out` and return the content of its result.json."""
+    return Run(config, out, resume).run()
+
+
+class Run:
+    """The state of a run between its phases."""
+
+    def __init__(self, config: RunConfig, out: Path, resume: bool) -> None:
+        self.config = config
+        self.out = out
+        self.started = time.monotonic()
+        self.iteration = 0
+        self.phases: dict[str, float] = defaultdict(float)
+        self.evaluations: list[EvaluationResult] = []
+        self.saved = checkpoint.load(newest) if resume and (newest := checkpoint.latest(out / "checkpoints")) else None
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", to_dict(config))
+        if self.saved:
+            self.iteration = self.saved["iteration"]
+            self.phases.update(self.saved["phases"])
+            self.evaluations = [EvaluationResult(**fields) for fields in self.saved["evaluations"]]
+        self.streams = Streams(
+            config.seed, config.simulator.num_tasks, config.training.development_episodes, config.evaluation.episodes
+        )
+        # Small networks on small batches: a second thread costs more than it brings, and the workers need the core.
+        torch.set_num_threads(1)
+
+    def run(self) -> dict[str, Any]:
+        """All phases. Raises `UserError` for what the user can fix, `SimulatorDied` after repeated worker deaths."""
+        logging = self.config.logging
+        with (
+            Progress(self.config.training.env_steps) as self.progress,
+            MetricLogger(self.out, self.config, self.iteration, logging.tensorboard, logging.wandb) as self.logger,
+        ):
+            with self._phase("start simulators"):
+                self.simulator = self.config.simulator.build(self.streams, log_dir=self.out / "logs")
+            with self.simulator:
+                self._build()
+                return self._phases()
+
+    def _build(self) -> None:
+        self.policy = self._new_policy()
+        self.connection = connect(
+            self.simulator.observation_spec,
+            self.simulator.action_spec,
+            self.policy.observation_spec,
+            self.policy.action_spec,
+        )
+        self.worker = RolloutWorker(self.simulator, self.policy, self.connection, self.config.seed)
+        self.tickets = TicketCounter(self.streams.first("training"))
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+
+    def _phases(self) -> dict[str, Any]:
+        data = self._demonstrations()
+        if self.saved is None:
+            if data is not None and self.config.imitation is not None:
+                with self._phase("clone demonstrations"):
+                    self._clone(self.policy, data, self.config.imitation)
+            self._evaluate("initial")
+        with self._phase("reinforcement learning"):
+            workflow = self._workflow(data)
+            if workflow is not None:
+                self._learn(workflow)
+        self._evaluate("final")
+        if data is not None and self.config.training.converged_clone_steps:
+            with self._phase("converged clone"):
+                clone = self._new_policy()
+                steps = self.config.training.converged_clone_steps
+                self._clone(clone, data, replace(self.config.imitation, steps=steps))
+            self._evaluate("converged_clone", clone)
+        with self._phase("record trajectories"):
+            record_trajectories(self.worker, self.streams.episodes("test")[:4], self.out / "rollout.json")
+        result = self._result()
+        write_json(self.out / "result.json", result)
+        write_report(self.out)
+        return result
+
+    def _new_policy(self) -> Any:
+        torch.manual_seed(self.config.seed)
+        return self.config.policy.build(self.simulator.observation_spec, self.simulator.action_spec)
+
+    def _demonstrations(self) -> dict[str, Any] | None:
+        """Chunks {"inputs", "actions" [M,H,A], "valid" [M,H]}, and the policy's statistics fitted to them."""
+        wanted = self.config.demonstrations
+        if wanted is None:
+            return None
+        path = self.out / "demonstrations.h5"
+        if wanted.path:
+            episodes = read(Path(wanted.path))[: wanted.episodes]
+            if len(episodes) < wanted.episodes:
+                raise UserError(f"{wanted.path} holds {len(episodes)} demonstrations, {wanted.episodes} are asked for")
+        elif self.saved:
+            episodes = read(path)
+        else:
+            with self._phase("collect demonstrations"):
+                episodes = self._collect(path, wanted.episodes, wanted.noise)
+        states, actions, valid = chunks(episodes, self.policy.horizon)
+        if states.shape[1] != self.policy.observation_spec.state:
+            raise UserError(
+                f"demonstrations hold states of {states.shape[1]} numbers, the policy needs "
+                f"{self.policy.observation_spec.state}: record them with the same task and observation mode"
+            )
+        self.statistics = states.mean(axis=0), states.std(axis=0)
+        if self.saved is None:
+            self.policy.set_statistics(*self.statistics)
+        rows = np.zeros(len(states), np.int64)
+        texts = tuple(task.instruction for task in self.simulator.tasks)
+        observation = Observation({}, {}, states, rows, rows, texts)
+        return {
+            "inputs": self.policy.prepare(observation),
+            "actions": torch.from_numpy(actions).to(self.policy.device),
+            "valid": torch.from_numpy(valid).to(self.policy.device),
+        }
+
+    def _collect(self, path: Path, episodes: int, noise: float) -> list[DemonstrationEpisode]:
+        found = demonstrate(
+            self.simulator, self.config.simulator.demonstrator(), self.streams, episodes, noise, self.config.seed
+        )
+        write(path, found, self.simulator.tasks[0].name, self.simulator.action_spec.control)
+        return found
+
+    def _clone(self, policy: Any, data: dict[str, Any], config: Any) -> None:
+        algorithm = config.build(policy, self.config.seed)
+        assert isinstance(algorithm, ImitationAlgorithm)
+        policy.set_statistics(*self.statistics)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        imitate(
+            algorithm,
+            data,
+            config.steps,
+            config.batch_size,
+            generator,
+            lambda step, metrics: self.progress.update(detail=f"step {step}/{config.steps}", **metrics),
+        )
+
+    def _workflow(self, data: dict[str, Any] | None) -> Workflow | None:
+        """The loop that the algorithm's family asks for, restored when the run is resumed."""
+        config, decisions = self.config, self.config.training.decisions_per_iteration
+        if config.algorithm is None:
+            return None
+        self.algorithm = config.algorithm.build(self.policy, config.seed)
+        workflow: Workflow
+        if isinstance(self.algorithm, OnPolicyAlgorithm):
+            workflow = OnPolicyWorkflow(self.worker, self.algorithm, decisions, self.generator)
+        elif isinstance(self.algorithm, OffPolicyAlgorithm):
+            workflow = OffPolicyWorkflow(self.worker, self.algorithm, decisions, self.generator, config.seed, data)
+        else:
+            raise UserError(f"algorithm '{type(self.algorithm).__name__}' cannot learn from rollouts: choose another")
+        if self.saved:
+            self._restore(workflow, self.saved)
+        else:
+            self._save(workflow)
+        return workflow
+
+    def _learn(self, workflow: Workflow) -> None:
+        """Iterate until the budget is spent or the development success is reached."""
+        training = self.config.training
+        self.worker.restart(self.tickets)
+        done = self.worker.env_steps >= training.env_steps
+        while not done:
+            began, steps = time.monotonic(), self.worker.env_steps
+            number = self.iteration + 1
+            evaluates = bool(training.evaluate_every) and number % training.evaluate_every == 0
+            saves = number % training.checkpoint_every == 0
+            metrics = workflow.iterate(border=evaluates or saves)
+            self.iteration = number
+            rate = (self.worker.env_steps - steps) / (time.monotonic() - began)
+            done = self.worker.env_steps >= training.env_steps
+            if evaluates:
+                score = self._episodes("development", self.policy)
+                metrics |= {"evaluation/return": score.mean_return, "evaluation/length": score.mean_length}
+                if score.success is not None:
+                    metrics["evaluation/success"] = score.success
+                    done = done or (training.stop_at_success is not None and score.success >= training.stop_at_success)
+            self._log(metrics | {"time/env_steps_per_second": rate})
+            if evaluates or saves:
+                if saves or done:
+                    self._save(workflow)
+                self.worker.restart(self.tickets)
+
+    def _log(self, metrics: Metrics) -> None:
+        counts = {
+            "iteration": self.iteration,
+            "env_steps": self.worker.env_steps,
+            "wall_seconds": self._wall_seconds(),
+            "simulator/deaths": self.simulator.deaths,
+            "simulator/lost_episodes": self.worker.lost_episodes,
+        }
+        self.logger.log(counts | metrics)
+        self.progress.update(env_steps=self.worker.env_steps, **metrics)
+
+    def _evaluate(self, name: str, policy: Any = None) -> None:
+        """The final kind of evaluation, on the test episodes, unless a resumed run has it already."""
+        if any(result.name == name for result in self.evaluations):
+            return
+        with self._phase("evaluate " + name.replace("_", " ")):
+            self.evaluations.append(self._episodes("test", policy or self.policy, name))
+
+    def _episodes(self, stream: str, policy: Any, name: str | None = None) -> EvaluationResult:
+        worker = RolloutWorker(self.simulator, policy, self.connection, self.config.seed)
+        deterministic = self.config.evaluation.deterministic
+        return EvaluationResult.of(name or stream, run_episodes(worker, self.streams.episodes(stream), deterministic))
+
+    def _save(self, workflow: Workflow) -> None:
+        tree = {
+            "iteration": self.iteration,
+            "env_steps": self.worker.env_steps,
+            "lost_episodes": self.worker.lost_episodes,
+            "deaths": self.simulator.deaths,
+            "next_ticket": self.tickets.next,
+            "phases": dict(self.phases),
+            "wall_seconds": self._wall_seconds(),
+            "evaluations": [result.to_dict() for result in self.evaluations],
+            "policy": self.policy.state_dict(),
+            "modules": {name: module.state_dict() for name, module in self.algorithm.modules().items()},
+            "optimizers": {name: each.state_dict() for name, each in self.algorithm.optimizers().items()},
+            "counters": self.algorithm.counters(),
+            "generator": self.generator.get_state(),
+            "workflow": workflow.state_dict(),
+        }
+        checkpoint.save(self.out / "checkpoints" / f"{self.iteration:06d}", tree)
+
+    def _restore(self, workflow: Workflow, saved: dict[str, Any]) -> None:
+        self.worker.env_steps = saved["env_steps"]
+        self.worker.lost_episodes = saved["lost_episodes"]
+        self.tickets.next = saved["next_ticket"]
+        try:
+            self.policy.load_state_dict(saved["policy"])
+            for name, module in self.algorithm.modules().items():
+                module.load_state_dict(saved["modules"][name])
+            for name, optimizer in self.algorithm.optimizers().items():
+                optimizer.load_state_dict(saved["optimizers"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"the checkpoint in {self.out} does not fit this configuration: {error}") from error
+        self.algorithm.load_counters(saved["counters"])
+        self.generator.set_state(saved["generator"])
+        workflow.load_state_dict(saved["workflow"])
+
+    def _result(self) -> dict[str, Any]:
+        success = {result.name: result.success for result in self.evaluations}
+        return {
+            "recipe": self.config.recipe,
+            "seed": self.config.seed,
+            "initial_success": success["initial"],
+            "final_success": success["final"],
+            "converged_clone_success": success.get("converged_clone"),
+            "evaluation_episodes": self.config.evaluation.episodes,
+            "env_steps": self.worker.env_steps,
+            "iterations": self.iteration,
+            "wall_seconds": self._wall_seconds(),
+            "evaluations": [result.to_dict() for result in self.evaluations],
+            "deaths": self.simulator.deaths,
+            "lost_episodes": self.worker.lost_episodes,
+            "phases": dict(self.phases),
+            "versions": versions(),
+        }
+
+    def _wall_seconds(self) -> float:
+        """Of this process and of those it resumes, up to their newest checkpoint."""
+        earlier = self.saved["wall_seconds"] if self.saved else 0.0
+        return earlier + time.monotonic() - self.started
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        self.progress.phase(name)
+        try:
+            yield
+        finally:
+            self.phases[name] += time.monotonic() - began
