@@ -11,7 +11,7 @@ import numpy as np
 
 from embodied_rl.errors import UserError, unknown
 from embodied_rl.simulators.base import Environment, InitialState
-from embodied_rl.simulators.maniskill import headless, tasks
+from embodied_rl.simulators.maniskill import fast, headless, tasks
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, TaskSpec
 
 
@@ -56,6 +56,7 @@ class ManiSkillEnvironment(Environment):
 
         torch.set_num_threads(1)  # a step is hundreds of operations on a handful of numbers
         self.max_steps = tasks.check(task, reward, max_steps)
+        fast.install()
         self.env = make(task, control_mode, observation, reward, image_size)
         self._steps = 0
         self._info: dict[str, Any] = self.env.get_info()
@@ -69,7 +70,7 @@ class ManiSkillEnvironment(Environment):
         import torch
 
         torch.manual_seed(state.seed)
-        np.random.seed(state.seed)
+        np.random.seed(state.seed)  # noqa: NPY002 - the generator ManiSkill's tasks draw from
         random.seed(state.seed)
         with tasks.no_prompts(self.tasks[0].name):
             _, self._info = self.env.reset(seed=state.seed)

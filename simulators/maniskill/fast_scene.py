@@ -1,0 +1,122 @@
+"""Reading bodies, joints and contacts of one CPU scene; see `fast.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from embodied_rl.simulators.maniskill.fast_math import array, from_sapien, plain, pose
+from embodied_rl.simulators.maniskill.patch import Patch, same
+
+
+def patches() -> list[Patch]:
+    """Pose getters and setters, drive targets, contact impulses and the angle between vectors."""
+    return [*_poses(), _drive_targets(), _impulses(), *_vectors()]
+
+
+def _poses() -> list[Patch]:
+    import sapien
+    from mani_skill.utils.structs.actor import Actor
+    from mani_skill.utils.structs.link import Link
+    from mani_skill.utils.structs.pose import Pose
+
+    def patched(owner: type, attribute: str) -> Patch:
+        original = vars(owner)["pose"]
+
+        def get(self: Any) -> Any:
+            if self.scene.gpu_sim_enabled or len(self._objs) != 1:
+                return original.fget(self)
+            return pose(from_sapien(getattr(self._objs[0], attribute)))
+
+        def put(self: Any, value: Any) -> None:
+            raw = array(value) if isinstance(value, Pose) and not self.scene.gpu_sim_enabled else None
+            if raw is None or len(raw) != len(self._objs):
+                original.fset(self, value)
+                return
+            for body, row in zip(self._objs, raw, strict=True):
+                body.pose = sapien.Pose(row[:3], row[3:])
+
+        return Patch(owner, "pose", property(get, put))
+
+    return [patched(Actor, "pose"), patched(Link, "entity_pose")]
+
+
+def _drive_targets() -> Patch:
+    from mani_skill.utils.structs.articulation import Articulation
+
+    original = Articulation.set_joint_drive_targets
+
+    def set_joint_drive_targets(self: Any, targets: Any, joints: Any = None, joint_indices: Any = None) -> None:
+        if self.scene.gpu_sim_enabled or not plain(targets):
+            original(self, targets, joints, joint_indices)
+            return
+        row = targets.numpy()[0]
+        for i, joint in enumerate(joints):
+            joint._objs[0].drive_target = row[i : i + 1]
+
+    return Patch(Articulation, "set_joint_drive_targets", set_joint_drive_targets)
+
+
+def _impulses() -> Patch:
+    import torch
+    from mani_skill.envs.scene import ManiSkillScene
+
+    original = ManiSkillScene.get_pairwise_contact_impulses
+
+    def get_pairwise_contact_impulses(self: Any, obj1: Any, obj2: Any) -> Any:
+        if self.gpu_sim_enabled:
+            return original(self, obj1, obj2)
+        entity1, entity2 = obj1._bodies[0].entity, obj2._bodies[0].entity
+        total = np.zeros(3)
+        for contact in self.px.get_contacts():
+            body0, body1 = contact.bodies
+            first, second = body0.entity, body1.entity
+            if first == entity1 and second == entity2:
+                sign = 1
+            elif first == entity2 and second == entity1:
+                sign = -1
+            else:
+                continue
+            total += np.sum([point.impulse for point in contact.points], axis=0) * sign
+        return torch.from_numpy(total[None].astype(np.float32))
+
+    return Patch(ManiSkillScene, "get_pairwise_contact_impulses", get_pairwise_contact_impulses)
+
+
+def _vectors() -> list[Patch]:
+    import torch
+    from mani_skill.utils import common
+
+    normalize_original, angle_original = common.normalize_vector, common.compute_angle_between
+
+    def unit(x: Any, eps: float) -> np.ndarray:
+        norm = torch.linalg.norm(x, axis=1).numpy()
+        norm[norm < eps] = 1
+        return x.numpy() * (np.float32(1) / norm)[:, None]
+
+    def normalize_vector(x: Any, eps: float = 1e-6) -> Any:
+        return torch.from_numpy(unit(x, eps)) if plain(x) else normalize_original(x, eps)
+
+    def compute_angle_between(x1: Any, x2: Any) -> Any:
+        if not (plain(x1) and plain(x2)):
+            return angle_original(x1, x2)
+        a, b = torch.from_numpy(unit(x1, 1e-6)), torch.from_numpy(unit(x2, 1e-6))
+        dot = torch.bmm(a[:, None, :], b[:, :, None]).reshape(len(a))  # what einsum("ij,ij->i") comes down to
+        return torch.arccos(torch.clip(dot, -1, 1))
+
+    x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    x[7] = 0
+
+    def check_normalize() -> bool:
+        rows = [x[i : i + 1] for i in range(100)]
+        return all(same(normalize_vector(row), normalize_original(row)) for row in [x, *rows])
+
+    def check_angle() -> bool:
+        pairs = [(x[i : i + 1], x[99 - i : 100 - i]) for i in range(100)]
+        return all(same(compute_angle_between(a, b), angle_original(a, b)) for a, b in [(x, x.flip(0)), *pairs])
+
+    return [
+        Patch(common, "normalize_vector", normalize_vector, check_normalize),
+        Patch(common, "compute_angle_between", compute_angle_between, check_angle),
+    ]
