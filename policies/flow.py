@@ -112,7 +112,7 @@ class FlowSamplerConfig:
             raise UserError(f"flow sampler: steps must be at least 1, not {self.steps}")
         if self.method in ("sde", "cps") and not self.noise_level > 0:
             raise UserError(f"flow sampler: noise_level must be above 0, not {self.noise_level}; use method='ode'")
-        if self.method == "cps" and (self.noise_level > 1 or (self.steps == 1 and not self.joint)):
+        if self.method == "cps" and (self.noise_level > 1 or self.steps < 2):
             raise UserError(
                 "flow sampler: 'cps' needs noise_level <= 1 and at least 2 steps, its last is deterministic"
             )
@@ -166,11 +166,11 @@ class FlowSampler:
         choices = steps - 1 if self.config.method == "cps" else steps
         if noise is None:
             initial = torch.randn_like(like)
-            denoise_step = torch.randint(max(choices, 1), (rows,), device=like.device)
+            denoise_step = torch.randint(choices, (rows,), device=like.device)
             transition = torch.randn((rows, transitions, *shape), dtype=like.dtype, device=like.device)
         else:
             initial = torch.from_numpy(noise.normal(*shape)).to(like)
-            denoise_step = torch.from_numpy(noise.integers(max(choices, 1))).to(like.device)
+            denoise_step = torch.from_numpy(noise.integers(choices)).to(like.device)
             transition = torch.from_numpy(noise.normal(transitions, *shape)).to(like)
         return FlowNoise(initial, denoise_step, transition)
 

@@ -1,0 +1,238 @@
+"""`policies.check` finds what is broken; each policy here breaks one promise."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from embodied_rl.errors import ContractError
+from embodied_rl.policies import check
+from embodied_rl.policies.check import synthesise
+from embodied_rl.policies.flow_mlp import FlowMLP, FlowMLPConfig
+from embodied_rl.policies.gaussian_mlp import GaussianMLP, GaussianMLPConfig
+from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
+
+OBSERVATION = ObservationSpec(state=5)
+ACTION = ActionSpec((-1.0, -2.0), (1.0, 2.0), (0.0, 0.0))
+SMALL = {"hidden": (16,), "value_hidden": (16,)}
+
+
+class SharesMemory(FlowMLP):
+    def prepare(self, observation):
+        return {"state": torch.from_numpy(observation.state)}
+
+
+class NotPerRow(FlowMLP):
+    def prepare(self, observation):
+        return {**super().prepare(observation), "count": torch.tensor([1.0])}
+
+
+class PrepareDraws(FlowMLP):
+    def prepare(self, observation):
+        return {"state": super().prepare(observation)["state"] + 0.01 * torch.randn(1)}
+
+
+class Dropout(FlowMLP):
+    def velocity(self, prefix, x, t):
+        return super().velocity(torch.dropout(prefix, 0.5, self.training), x, t)
+
+
+class BatchStatistics(FlowMLP):
+    def encode(self, inputs):
+        state = super().encode(inputs)
+        return state - state.mean(0)
+
+
+class IgnoresRowNoise(FlowMLP):
+    def act(self, inputs, deterministic=False, noise=None):
+        return super().act(inputs, deterministic, None)
+
+
+class SameNoiseForAll(FlowMLP):
+    def act(self, inputs, deterministic=False, noise=None):
+        torch.manual_seed(0)
+        inputs = {"state": inputs["state"]}
+        return super().act(inputs, deterministic, None)
+
+
+class Unclipped(FlowMLP):
+    def to_simulator(self, x):
+        return x * 10
+
+
+class DoubleActions(FlowMLP):
+    def to_simulator(self, x):
+        return super().to_simulator(x).double()
+
+
+class ValueSeesNoise(FlowMLP):
+    def act(self, inputs, deterministic=False, noise=None):
+        sample = super().act(inputs, deterministic, noise)
+        sample.value = sample.value + sample.actions.mean((1, 2))
+        return sample
+
+
+class OtherValueInTraining(FlowMLP):
+    def value(self, inputs):
+        return super().value(inputs) * (2 if torch.is_grad_enabled() else 1)
+
+
+class Graph(GaussianMLP):
+    act = GaussianMLP.act.__wrapped__
+
+
+class Inference(GaussianMLP):
+    def act(self, inputs, deterministic=False, noise=None):
+        with torch.inference_mode():
+            return GaussianMLP.act.__wrapped__(self, inputs, deterministic, noise)
+
+
+class ScoresClippedActions(GaussianMLP):
+    def evaluate_actions(self, inputs, trace):
+        return super().evaluate_actions(inputs, {"x": trace["x"].clamp(-0.5, 0.5)})
+
+
+class ScoreWithoutGraph(GaussianMLP):
+    @torch.no_grad()
+    def evaluate_actions(self, inputs, trace):
+        return super().evaluate_actions(inputs, trace)
+
+
+class TermsBeyondChunk(GaussianMLP):
+    def evaluate_actions(self, inputs, trace):
+        score = super().evaluate_actions(inputs, trace)
+        score.term_step = score.term_step + 1
+        return score
+
+
+class LossIgnoresValid(FlowMLP):
+    def imitation_loss(self, inputs, actions, valid, **options):
+        return super().imitation_loss(inputs, actions, torch.ones_like(valid), **options)
+
+
+class LossMultipliesMask(GaussianMLP):
+    """0 * NaN is NaN."""
+
+    def imitation_loss(self, inputs, actions, valid):
+        error = (self._mean(self.features(inputs)) - actions) * valid[..., None]
+        return error.square().sum((1, 2)) / valid.sum(1).clamp_min(1)
+
+
+class LossDividesByZero(GaussianMLP):
+    def imitation_loss(self, inputs, actions, valid):
+        return super().imitation_loss(inputs, actions, valid) * valid.sum(1) / valid.sum(1)
+
+
+class ScalarLoss(GaussianMLP):
+    def imitation_loss(self, inputs, actions, valid):
+        return super().imitation_loss(inputs, actions, valid).mean()
+
+
+class DeterministicDraws(GaussianMLP):
+    def act(self, inputs, deterministic=False, noise=None):
+        return super().act(inputs, deterministic and noise is not None, noise)
+
+
+class LostParameter(FlowMLP):
+    def parameter_groups(self):
+        return {name: group[1:] for name, group in super().parameter_groups().items()}
+
+
+class StateOutsideStateDict(GaussianMLP):
+    gain = 1.0
+
+    def to_state(self, inputs):
+        return super().features(inputs) * self.gain
+
+    features = to_state
+
+
+BROKEN = {
+    SharesMemory: "share memory",
+    NotPerRow: "first axis",
+    PrepareDraws: "two calls",
+    Dropout: "train mode",
+    BatchStatistics: "depend on its batch",
+    IgnoresRowNoise: "depend on its batch",
+    SameNoiseForAll: "batch|ignores the row noise",
+    Unclipped: "bounds",
+    DoubleActions: "not float32",
+    ValueSeesNoise: "value depends on the noise",
+    OtherValueInTraining: "value: differs from act's",
+    Graph: "no_grad",
+    Inference: "inference tensor",
+    ScoresClippedActions: "log_prob differs",
+    ScoreWithoutGraph: "not differentiable",
+    TermsBeyondChunk: "term_step",
+    LossIgnoresValid: "valid step must have loss 0|invalid actions",
+    LossMultipliesMask: "NaN",
+    LossDividesByZero: "loss 0",
+    ScalarLoss: "shape",
+    DeterministicDraws: "without noise",
+    LostParameter: "in no group",
+}
+
+
+def build(kind):
+    torch.manual_seed(0)
+    if issubclass(kind, FlowMLP):
+        return kind(FlowMLPConfig(horizon=4, chunk=2, **SMALL), OBSERVATION, ACTION)
+    return kind(GaussianMLPConfig(chunk=2, horizon=4, **SMALL), OBSERVATION, ACTION)
+
+
+@pytest.mark.parametrize(("kind", "message"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_finds(kind, message):
+    with pytest.raises(ContractError, match=message) as caught:
+        check(build(kind))
+    assert str(caught.value).startswith(kind.__name__)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [FlowMLP, GaussianMLP])
+def test_passes_what_is_right(kind):
+    check(build(kind))
+
+
+def test_finds_a_chunk_beyond_the_horizon():
+    policy = build(FlowMLP)
+    policy.horizon = 1
+    with pytest.raises(ContractError, match="chunk <= horizon"):
+        check(policy)
+
+
+def test_finds_state_that_is_not_in_the_state_dict():
+    policy = build(StateOutsideStateDict)
+    policy.gain = 0.5
+    with pytest.raises(ContractError, match="missing from it"):
+        check(policy, fresh=lambda: build(StateOutsideStateDict))
+
+
+def test_leaves_the_policy_and_the_random_state_alone():
+    policy = build(FlowMLP).train()
+    policy.head.weight.grad = torch.ones_like(policy.head.weight)
+    before, random_state = copy.deepcopy(policy.state_dict()), torch.get_rng_state()
+    check(policy)
+    assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert policy.training
+    assert (policy.head.weight.grad == 1).all()
+    assert policy.body[0].weight.grad is None
+
+
+def test_synthesised_observation_fits_its_spec():
+    spec = ObservationSpec(state=3, cameras={"wrist": CameraSpec(4, 6), "front": CameraSpec(8, 5)}, privileged=2)
+    observation = synthesise(spec, rows=4)
+    assert observation.images["wrist"].shape == (4, 4, 6, 3)
+    assert observation.images["front"].dtype == np.uint8
+    assert observation.image_mask["front"].tolist() == [True, False, True, True]
+    assert observation.state.shape == (4, 3)
+    assert observation.privileged.shape == (4, 2)
+    assert len(observation.texts()) == len(observation) == 4
+    with pytest.raises(ContractError, match="history"):
+        synthesise(ObservationSpec(state=3, history=(2, 1)))
+
+
+def test_needs_enough_rows():
+    with pytest.raises(ContractError, match="at least 4"):
+        check(build(FlowMLP), synthesise(OBSERVATION, rows=2))
