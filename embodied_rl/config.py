@@ -128,6 +128,15 @@ def describe(config: RunConfig) -> list[Setting]:
     return list(_settings(config, ""))
 
 
+def spell(value: Any) -> str:
+    """A setting's value as it is typed on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(spell, value))
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """Apply `--dotted.key value` or `--dotted.key=value`; dashes and underscores are the same in keys.
 

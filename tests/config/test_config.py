@@ -20,6 +20,7 @@ from embodied_rl.config import (
     from_dict,
     load,
     override,
+    spell,
     to_dict,
 )
 from embodied_rl.errors import UserError
@@ -136,8 +137,7 @@ def test_every_setting_can_be_typed_back(config: RunConfig) -> None:
     for key, value, *_ in describe(config):
         if isinstance(value, str) and value.lower() in ("none", "null"):
             continue  # an optional text spelled "none" cannot be typed: it means None
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        arguments.append(f"--{key.replace('_', '-')}={json.dumps(value) if isinstance(value, dict) else text}")
+        arguments.append(f"--{key.replace('_', '-')}={spell(value)}")
     assert override(base, arguments) == config
 
 

@@ -1,0 +1,282 @@
+"""The command line: `embodied-rl train | evaluate | collect | report | doctor | list`.
+
+Everything heavy is imported by the command that needs it, so that help and `list` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from embodied_rl import registry
+from embodied_rl.errors import SimulatorDied, UserError, unknown
+
+SETTINGS = """settings:
+  Any field of the configuration can be given as --dotted.key value, for example --algorithm.learning-rate 1e-4,
+  --simulator.num-envs 8, --policy.hidden 256,256 or --logging.tensorboard false. --simulator NAME (--policy,
+  --algorithm, --imitation) exchanges a component. `embodied-rl train RECIPE --settings` shows all of them.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 2 for what the user can fix, 130 for Ctrl-C."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SimulatorDied as error:  # its message carries the worker's stderr, which explains more than our traceback
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    parser, commands = _parsers()
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        raise unknown("command", argv[0], commands)
+    settings: list[str] = []
+    if argv and argv[0] in ("train", "collect"):
+        argv, settings = _split(argv, commands[argv[0]])
+    arguments = parser.parse_args(argv)
+    if "function" not in arguments:
+        parser.print_help()
+        return 0
+    arguments.settings_given = settings
+    arguments.function(arguments)
+    return 0
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    description = "Improve vision-language-action policies with reinforcement learning in robot simulators."
+    parser = _Parser(prog="embodied-rl", description=description, allow_abbrev=False)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    sub = parser.add_subparsers(metavar="COMMAND")
+    commands: dict[str, argparse.ArgumentParser] = {}
+
+    def command(name: str, function: Callable[[Any], None], text: str, **more: Any) -> argparse.ArgumentParser:
+        commands[name] = sub.add_parser(name, help=text, description=text, allow_abbrev=False, **more)
+        commands[name].set_defaults(function=function)
+        return commands[name]
+
+    shown: dict[str, Any] = {"epilog": SETTINGS, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    train = command("train", _train, "Run a recipe and write a run folder with its report.", **shown)
+    train.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="default: quickstart; see `embodied-rl list recipes`"
+    )
+    train.add_argument("--seed", type=int, help="seed of everything random in the run")
+    train.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/RECIPE-seedS-TIME")
+    train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR from its last checkpoint")
+    train.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+    train.add_argument("--settings", action="store_true", help="show all settings with their values, and exit")
+
+    evaluate = command("evaluate", _evaluate, "Evaluate the trained policy of a run.")
+    evaluate.add_argument("run", type=Path, metavar="RUN_DIR")
+    evaluate.add_argument("--episodes", type=_positive, help="default: as configured")
+    evaluate.add_argument("--seed", type=int, help="default: the run's seed, hence its evaluation episodes")
+    evaluate.add_argument("--stochastic", action="store_true", help="act with exploration noise")
+
+    collect = command("collect", _collect, "Write scripted demonstrations to an HDF5 file.", **shown)
+    collect.add_argument("recipe", nargs="?", metavar="RECIPE", help="whose task; default: quickstart")
+    collect.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .h5")
+    collect.add_argument("--episodes", type=_positive, required=True)
+    collect.add_argument("--seed", type=int, help="seed of the episodes and of the noise")
+
+    report = command("report", _report, "Write report.html of a run again.")
+    report.add_argument("run", type=Path, metavar="RUN_DIR")
+
+    command("doctor", _doctor, "Say what this machine can run, and how to fix the rest.")
+
+    listing = command("list", _list, "List what is registered.")
+    listing.add_argument("kind", nargs="?", metavar="|".join(KINDS), help="default: all")
+    listing.add_argument("--tasks", action="store_true", help="also the tasks of every simulator (imports them)")
+    return parser, commands
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"embodied-rl {version('embodied-rl')}")
+        sys.exit(0)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expects a positive int, not '{text}'")
+    return int(text)
+
+
+def _split(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """`argv` without the settings, and the settings: every option that `parser` does not know, with its value."""
+    own: list[str] = []
+    settings: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        known = word.partition("=")[0] in parser._option_string_actions
+        (own if known or not word.startswith("--") else settings).append(word)
+        if not known and word.startswith("--") and "=" not in word and waiting and not waiting[0].startswith("--"):
+            settings.append(waiting.pop(0))
+    return own, settings
+
+
+def _config(arguments: Any) -> Any:
+    """The recipe's configuration with the settings of the command line."""
+    from embodied_rl.config import RunConfig, override
+
+    config = registry.recipes.load(arguments.recipe or "quickstart")()
+    if not isinstance(config, RunConfig):
+        raise UserError(f"recipe '{arguments.recipe}' returned {type(config).__name__}, not a RunConfig")
+    return override(config, _settings(arguments))
+
+
+def _settings(arguments: Any) -> list[str]:
+    settings = list(arguments.settings_given)
+    if arguments.seed is not None:
+        settings.append(f"--seed={arguments.seed}")
+    return settings + ["--logging.wandb=true"] * getattr(arguments, "wandb", False)
+
+
+def _train(arguments: Any) -> None:
+    if arguments.resume:
+        if arguments.recipe or arguments.out:
+            raise UserError("--resume takes recipe and folder from the run: leave out RECIPE and --out")
+        from embodied_rl.config import load, override
+
+        out, config = arguments.resume, override(load(arguments.resume / "config.json"), _settings(arguments))
+    else:
+        config = _config(arguments)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        out = arguments.out or Path("runs") / f"{config.recipe}-seed{config.seed}-{stamp}"
+    if arguments.settings:
+        return _show(config)
+    if not arguments.resume:
+        _check_fresh(out)
+    from embodied_rl.training.run import train
+
+    try:
+        result = train(config, out, resume=bool(arguments.resume))
+    except KeyboardInterrupt:
+        print(f"\ngo on with: embodied-rl train --resume {out}", file=sys.stderr)
+        raise
+    for evaluation in result["evaluations"]:
+        print(_sentence(evaluation))
+    print(f"report: {out / 'report.html'}")
+
+
+def _check_fresh(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give another --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: give another --out, or go on with it by --resume {out}")
+
+
+def _show(config: Any) -> None:
+    from embodied_rl.config import describe, spell
+
+    for key, value, kind, doc in describe(config):
+        print(f"--{key.replace('_', '-')} {spell(value)}  ({kind})" + (f"\n    {doc}" if doc else ""))
+
+
+def _evaluate(arguments: Any) -> None:
+    if not (arguments.run / "config.json").is_file():
+        raise UserError(f"{arguments.run} is not a run folder: it has no config.json")
+    from embodied_rl.training.evaluation import evaluate_run
+
+    print(_sentence(evaluate_run(arguments.run, arguments.episodes, arguments.seed, not arguments.stochastic)))
+
+
+def _sentence(evaluation: dict[str, Any]) -> str:
+    name, n = evaluation["name"].replace("_", " "), evaluation["episodes"]
+    rest = f"return {evaluation['mean_return']:.2f}, length {evaluation['mean_length']:.1f}"
+    if evaluation["success"] is None:
+        return f"{name}: {n} episodes, {rest}"
+    interval = f"95 % interval {evaluation['low']:.1%} to {evaluation['high']:.1%}"
+    return f"{name}: success {evaluation['success']:.1%} ({evaluation['successes']} of {n}, {interval}), {rest}"
+
+
+def _collect(arguments: Any) -> None:
+    if arguments.out.suffix != ".h5":
+        raise UserError(f"--out is the file to write and ends in .h5, not {arguments.out}")
+    config = _config(arguments)
+    from embodied_rl.training.demonstrations import collect
+
+    written = collect(config, arguments.out, arguments.episodes)
+    print(f"{written['path']}: {written['episodes']} episodes, {written['steps']} steps")
+
+
+def _report(arguments: Any) -> None:
+    from embodied_rl.training.report import write_report
+
+    print(write_report(arguments.run))
+
+
+def _doctor(_: Any) -> None:
+    from embodied_rl import doctor
+
+    doctor.main()
+
+
+KINDS = {
+    "simulators": registry.simulators,
+    "policies": registry.policies,
+    "algorithms": registry.algorithms,
+    "recipes": registry.recipes,
+}
+
+
+def _list(arguments: Any) -> None:
+    if arguments.kind is not None and arguments.kind not in KINDS:
+        raise unknown("kind", arguments.kind, KINDS)
+    for kind in [arguments.kind] if arguments.kind else KINDS:
+        names = KINDS[kind].names()
+        print(f"{kind}:")
+        width = max(map(len, names), default=0)
+        for name in names:
+            print(f"  {name:{width}}  {_summary(KINDS[kind].target(name))}".rstrip())
+            if kind == "simulators" and arguments.tasks:
+                for task in _tasks(name):
+                    print(f"    {task}")
+
+
+def _tasks(simulator: str) -> list[str]:
+    KINDS["simulators"].load(simulator)
+    module = importlib.import_module(KINDS["simulators"].target(simulator).partition(":")[0])
+    return module.tasks() if hasattr(module, "tasks") else []
+
+
+def _summary(target: str) -> str:
+    """The first line of the docstring of "module:object", read from the source without importing it."""
+    module, _, attribute = target.partition(":")
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        return "(not installed)"
+    folder = spec.submodule_search_locations
+    path = Path(folder[0]).joinpath(*rest) if folder else Path(spec.origin or "").with_suffix("")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not path.is_file():
+        return ""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
