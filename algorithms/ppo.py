@@ -105,7 +105,7 @@ class PPO(OnPolicyAlgorithm):
             if metrics is None:
                 break
             history.append(metrics)
-        means = {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}
+        means = {name: sum(metrics[name] for metrics in history) / len(history) for name in (history or [{}])[0]}
         summary = {
             "explained_variance": explained_variance(data["value"], data["returns"]),
             "value": data["value"].mean(),

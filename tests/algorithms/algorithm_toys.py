@@ -1,7 +1,5 @@
 """Small policies that keep the contract, for tests of algorithms."""
 
-import math
-
 import torch
 from torch import nn
 
@@ -97,7 +95,3 @@ class ToyGaussian(Policy):
     def imitation_loss(self, inputs, actions, valid):
         error = (self.mean(inputs["state"]).reshape(actions.shape) - actions).square().mean(-1)
         return (error * valid).sum(1) / valid.sum(1).clamp(min=1)
-
-
-def entropy_of(log_std):
-    return log_std + 0.5 * (1 + math.log(2 * math.pi))
