@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from embodied_rl.policies.flow_policy import FlowPolicy
 from embodied_rl.policies.mlp import ActionScale, Activation, StateNormaliser, mlp, prepare_state, state_spec
 from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.specs import ActionSpec, ObservationSpec
-from embodied_rl.types import Observation
+from embodied_rl.types import Array, Observation
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class FlowMLP(FlowPolicy):
         self.noise_head = mlp(config.hidden[-1], (64,), "tanh", outputs) if config.method == "noise" else None
         self.value_head = ValueHead(size, config.value_hidden, config.value_activation)
 
-    def set_statistics(self, mean: Tensor | np.ndarray, std: Tensor | np.ndarray) -> None:
+    def set_statistics(self, mean: Array, std: Array) -> None:
         """Normalise states with these statistics [S] from now on."""
         self.normaliser.fit(mean, std)
 

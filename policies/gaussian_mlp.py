@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from embodied_rl.policies.mlp import (
 from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.randomness import RowNoise
 from embodied_rl.specs import ActionSpec, ObservationSpec
-from embodied_rl.types import ActionSample, Observation, Score
+from embodied_rl.types import ActionSample, Array, Observation, Score
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class GaussianMLP(Policy):
         self.log_std = nn.Parameter(torch.full((self.horizon, action_spec.dim), config.initial_log_std))
         self.value_head = ValueHead(size, config.value_hidden, config.value_activation)
 
-    def set_statistics(self, mean: Tensor | np.ndarray, std: Tensor | np.ndarray) -> None:
+    def set_statistics(self, mean: Array, std: Array) -> None:
         """Normalise states with these statistics [S] from now on."""
         self.normaliser.fit(mean, std)
 

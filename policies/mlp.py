@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.specs import ActionSpec, ObservationSpec
-from embodied_rl.types import Observation
+from embodied_rl.types import Array, Observation
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GELU}
@@ -56,7 +55,7 @@ class StateNormaliser(nn.Module):
         self.register_buffer("state_mean", torch.zeros(size))
         self.register_buffer("state_std", torch.ones(size))
 
-    def fit(self, mean: Tensor | np.ndarray, std: Tensor | np.ndarray) -> None:
+    def fit(self, mean: Array, std: Array) -> None:
         """Set the statistics [S]; raises `UserError` when their size is wrong or they are not finite."""
         mean, std = torch.as_tensor(mean).to(self.state_mean), torch.as_tensor(std).to(self.state_std)
         if mean.shape != self.state_mean.shape or std.shape != self.state_std.shape:

@@ -39,7 +39,8 @@ def step(case: dict, rows: int):
     t, t_next = column(*[1 - k / steps] * rows), column(*[1 - (k + 1) / steps] * rows)
     level = case["noise_level"]
     if case["noise_anneal"]:
-        level = annealed_noise_level(*case["noise_anneal"], case["global_step"])
+        start, end, updates = case["noise_anneal"]
+        level = annealed_noise_level(start, end, updates, case["global_step"])
     level = column(*[level] * rows)
     moments = {
         "flow_ode": lambda: ode_step(x, v, t, t_next),

@@ -15,7 +15,6 @@ from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
 
 OBSERVATION = ObservationSpec(state=5)
 ACTION = ActionSpec((-1.0, -2.0), (1.0, 2.0), (0.0, 0.0))
-SMALL = {"hidden": (16,), "value_hidden": (16,)}
 
 
 class SharesMemory(FlowMLP):
@@ -177,8 +176,8 @@ BROKEN = {
 def build(kind):
     torch.manual_seed(0)
     if issubclass(kind, FlowMLP):
-        return kind(FlowMLPConfig(horizon=4, chunk=2, **SMALL), OBSERVATION, ACTION)
-    return kind(GaussianMLPConfig(chunk=2, horizon=4, **SMALL), OBSERVATION, ACTION)
+        return kind(FlowMLPConfig(horizon=4, chunk=2, hidden=(16,), value_hidden=(16,)), OBSERVATION, ACTION)
+    return kind(GaussianMLPConfig(chunk=2, horizon=4, hidden=(16,), value_hidden=(16,)), OBSERVATION, ACTION)
 
 
 @pytest.mark.parametrize(("kind", "message"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", ""))
@@ -227,6 +226,7 @@ def test_synthesised_observation_fits_its_spec():
     assert observation.images["front"].dtype == np.uint8
     assert observation.image_mask["front"].tolist() == [True, False, True, True]
     assert observation.state.shape == (4, 3)
+    assert observation.privileged is not None
     assert observation.privileged.shape == (4, 2)
     assert len(observation.texts()) == len(observation) == 4
     with pytest.raises(ContractError, match="history"):

@@ -1,6 +1,8 @@
 """The flow sampler: density, per-row independence, gradients."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +25,13 @@ from embodied_rl.policies.flow import (
 from embodied_rl.randomness import RowNoise
 
 B, H, K, D, A = 5, 4, 3, 3, 2
+JOINT: list[Any] = [(False, "sum"), (True, "sum"), (True, "mean")]
+METHODS: list[Any] = ["sde", "noise", "cps"]
 VARIANTS = [
     FlowSamplerConfig(steps, method, 0.5, joint, reduction)
     for steps in (1, 4)
-    for method in ("sde", "noise", "cps")
-    for joint, reduction in ((False, "sum"), (True, "sum"), (True, "mean"))
+    for method in METHODS
+    for joint, reduction in JOINT
     if not (method == "cps" and steps == 1)
 ]
 variants = pytest.mark.parametrize("config", VARIANTS, ids=str)
@@ -52,9 +56,9 @@ class Toy(torch.nn.Module):
         return bounded_std(hidden @ self.deviation).view(-1, H, D)
 
 
-def draw(sampler: FlowSampler, rows=range(B), seed: int = 3):
-    rows = np.asarray(rows)
-    return sampler.draw(torch.zeros(len(rows), H, D, dtype=torch.float64), RowNoise(seed, rows, np.zeros(len(rows))))
+def draw(sampler: FlowSampler, rows: Sequence[int] = range(B), seed: int = 3):
+    noise = RowNoise(seed, np.asarray(rows), np.zeros(len(rows)))
+    return sampler.draw(torch.zeros(len(rows), H, D, dtype=torch.float64), noise)
 
 
 def run(config: FlowSamplerConfig, seed: int = 3):
@@ -247,6 +251,7 @@ def test_log_prob_of_a_deterministic_element_is_zero_and_has_no_gradient():
     log_prob = gaussian_log_prob(torch.ones(2), mean, std)
     (log_prob.sum() + gaussian_entropy(std).sum()).backward()
     assert log_prob[0] == 0
+    assert mean.grad is not None and std.grad is not None
     assert mean.grad.tolist() == [0.0, 1.0]
     assert std.grad[0] == 0
 

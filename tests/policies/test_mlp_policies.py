@@ -1,5 +1,7 @@
 """The Gaussian and the flow-matching MLP."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,14 +21,16 @@ from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
 
 OBSERVATION = ObservationSpec(state=7)
 ACTION = ActionSpec(low=(-1.0, 0.0, -3.0), high=(1.0, 0.1, 2.0), hold=(0.0, 0.0, 0.0))
-SMALL = {"hidden": (16, 16), "value_hidden": (16,)}
+SMALL: dict[str, Any] = {"hidden": (16, 16), "value_hidden": (16,)}
+JOINT: list[Any] = [(False, "sum"), (True, "sum"), (True, "mean")]
+METHODS: list[Any] = ["sde", "noise", "cps"]
 CONFIGS = [
     GaussianMLPConfig(**SMALL),
     GaussianMLPConfig(chunk=2, horizon=5, **SMALL),
     *(
         FlowMLPConfig(horizon=5, chunk=3, method=method, joint=joint, joint_reduction=reduction, **SMALL)
-        for method in ("sde", "noise", "cps")
-        for joint, reduction in ((False, "sum"), (True, "sum"), (True, "mean"))
+        for method in METHODS
+        for joint, reduction in JOINT
     ),
     FlowMLPConfig(method="ode", **SMALL),
     FlowMLPConfig(horizon=1, chunk=1, denoise_steps=1, **SMALL),
@@ -90,6 +94,7 @@ def test_imitation_ignores_invalid_steps_exactly(config, lengths, junk):
         policy.zero_grad()
         loss = policy.imitation_loss(inputs, filled, valid)
         loss.sum().backward()
+        assert filled.grad is not None
         assert (filled.grad[~valid] == 0).all()
         runs.append([loss.detach(), *(p.grad.clone() for p in policy.parameters() if p.grad is not None)])
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
