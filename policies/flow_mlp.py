@@ -28,16 +28,23 @@ class FlowMLPConfig:
     chunk: int = 4
     """K, executed actions."""
     hidden: tuple[int, ...] = (256, 256, 256)
+    """Widths of the velocity MLP."""
     time_features: int = 32
     """Size of the sinusoidal embedding of t; even."""
     denoise_steps: int = 4
+    """N, steps from noise to action."""
     method: Literal["sde", "noise", "cps", "ode"] = "sde"
+    """How a step becomes stochastic: Flow-SDE, learned Flow-Noise, Flow-CPS, or never."""
     noise_level: float = 0.5
+    """Of "sde" and "cps"; "noise" learns its own."""
     joint: bool = False
+    """Every step is stochastic and scored, not one step drawn per row."""
     joint_reduction: Literal["sum", "mean"] = "sum"
+    """The chain's density is the "sum"; "mean" averages over its steps and the initial noise."""
     noise_std: tuple[float, float] = (0.08, 0.16)
     """Range of the learned deviation of method "noise", in network units."""
     value_hidden: tuple[int, ...] = (256, 256)
+    """Widths of the value head."""
     value_activation: Activation = "tanh"
 
     def __post_init__(self) -> None:

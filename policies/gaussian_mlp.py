@@ -34,10 +34,12 @@ class GaussianMLPConfig:
     horizon: int | None = None
     """H, predicted actions; None = chunk."""
     hidden: tuple[int, ...] = (256, 256, 256)
+    """Widths of the mean's MLP."""
     activation: Activation = "tanh"
     initial_log_std: float = -0.5
     """Of the actions in network units, where the action range is [-1, 1]."""
     value_hidden: tuple[int, ...] = (256, 256, 256)
+    """Widths of the value head."""
     value_activation: Activation = "tanh"
 
     def __post_init__(self) -> None:
