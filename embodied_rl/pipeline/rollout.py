@@ -160,10 +160,12 @@ class RolloutWorker:
         for name, array in (("state", observation.state), ("privileged", observation.privileged)):
             if array is not None and not np.isfinite(array).all():
                 row, column = np.argwhere(~np.isfinite(array))[0]
+                names = self.simulator.observation_spec.state_names if name == "state" else ()
+                which = f" ({names[column]})" if names else ""
                 raise UserError(
-                    f"observation.{name}[{row},{column}] is {array[row, column]} after env step {self.env_steps} "
-                    f"(simulator {type(self.simulator).__name__}): the simulation diverged; lower the action limits or "
-                    f"leave this initial state out"
+                    f"observation.{name}[{row},{column}]{which} is {array[row, column]} after env step "
+                    f"{self.env_steps} (task {self.simulator.tasks[int(observation.task[row])].name}): the simulation "
+                    f"diverged; lower the action limits or leave this initial state out"
                 )
         return self.policy.prepare(self.connection.observation(observation))
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from embodied_rl.config import load
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.specs import connect
+from embodied_rl.training import checkpoint
+from embodied_rl.training.streams import Streams
 from embodied_rl.types import Episode
 
 
@@ -72,3 +78,25 @@ def run_episodes(worker: RolloutWorker, tickets: range, deterministic: bool = Tr
         worker.begin(deterministic)
         episodes += worker.finish().result.episodes
     return sorted(episodes, key=lambda episode: episode.ticket)
+
+
+def evaluate_run(run_dir: Path, episodes: int, seed: int = 0, deterministic: bool = True) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run on `episodes` test episodes; `seed` 0 gives those of the run itself."""
+    config = load(run_dir / "config.json")
+    newest = checkpoint.latest(run_dir / "checkpoints")
+    if newest is None:
+        raise UserError(f"{run_dir} holds no checkpoint to evaluate; train it first")
+    saved = checkpoint.load(newest)
+    streams = Streams(config.seed, config.simulator.num_tasks, 1, episodes, seed)
+    with config.simulator.build(streams) as simulator:
+        policy = config.policy.build(simulator.observation_spec, simulator.action_spec)
+        try:
+            policy.load_state_dict(saved["policy"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"checkpoint {newest} does not fit the policy of {run_dir}/config.json: {error}") from error
+        connection = connect(
+            simulator.observation_spec, simulator.action_spec, policy.observation_spec, policy.action_spec
+        )
+        worker = RolloutWorker(simulator, policy, connection, config.seed)
+        result = EvaluationResult.of("test", run_episodes(worker, streams.episodes("test"), deterministic))
+    return result.to_dict() | {"checkpoint": str(newest), "seed": seed, "deterministic": deterministic}

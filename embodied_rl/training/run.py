@@ -22,12 +22,12 @@ from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OffPolicyAl
 from embodied_rl.config import RunConfig, to_dict
 from embodied_rl.data.demonstrations import DemonstrationEpisode, chunks, read, write
 from embodied_rl.errors import UserError
+from embodied_rl.files import write_atomic
 from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
 from embodied_rl.specs import connect
 from embodied_rl.training import checkpoint
 from embodied_rl.training.demonstrations import demonstrate
 from embodied_rl.training.evaluation import EvaluationResult, run_episodes
-from embodied_rl.training.files import write_json
 from embodied_rl.training.metrics import MetricLogger
 from embodied_rl.training.progress import Progress
 from embodied_rl.training.report import versions, write_report
@@ -54,7 +54,7 @@ class Run:
         self.evaluations: list[EvaluationResult] = []
         self.saved = checkpoint.load(newest) if resume and (newest := checkpoint.latest(out / "checkpoints")) else None
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", to_dict(config))
+        write_atomic(out / "config.json", json.dumps(to_dict(config), indent=2))
         if self.saved:
             self.iteration = self.saved["iteration"]
             self.phases.update(self.saved["phases"])
@@ -111,7 +111,7 @@ class Run:
         with self._phase("record trajectories"):
             record_trajectories(self.worker, self.streams.episodes("test")[:4], self.out / "rollout.json")
         result = self._result()
-        write_json(self.out / "result.json", result)
+        write_atomic(self.out / "result.json", json.dumps(result, indent=2))
         write_report(self.out)
         return result
 

@@ -1,0 +1,146 @@
+"""A point that must reach a target: a task small enough to train, break and resume within seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embodied_rl.algorithms.flow_actor_critic import FlowActorCriticConfig
+from embodied_rl.algorithms.imitation import ImitationConfig
+from embodied_rl.algorithms.ppo import PPOConfig
+from embodied_rl.config import DemonstrationsConfig, EvaluationConfig, LoggingConfig, RunConfig, TrainingConfig
+from embodied_rl.policies.flow_mlp import FlowMLPConfig
+from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
+from embodied_rl.registry import simulators
+from embodied_rl.simulators.base import Environment, InitialState, ResetSchedule, Simulator
+from embodied_rl.simulators.workers import WorkerSimulator
+from embodied_rl.specs import ActionSpec, ObservationSpec, TaskSpec
+
+SPEED = 0.2
+LIMIT = 12
+
+
+class Reach(Environment):
+    """State: position and target in [-1, 1]^2. Success within 0.1; the reward is dense, in [0, 1]."""
+
+    observation_spec = ObservationSpec(state=4)
+    action_spec = ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0), hold=(0.0, 0.0), control="velocity")
+    tasks = (TaskSpec("reach", "reach the target", LIMIT, True, "dense"),)
+
+    def __init__(self, nan_at_seed_below: int = 0) -> None:
+        self.nan_at_seed_below = nan_at_seed_below
+
+    def reset(self, state: InitialState) -> None:
+        self.position, self.target = np.random.default_rng(state.seed).uniform(-1, 1, (2, 2))
+        self.broken = state.seed < self.nan_at_seed_below
+        self.at = 0
+
+    def step(self, action: np.ndarray) -> tuple[float, bool, bool, bool | None]:
+        self.position = np.clip(self.position + SPEED * np.clip(action, -1, 1), -1, 1)
+        self.at += 1
+        distance = float(np.linalg.norm(self.position - self.target))
+        return 1 - np.tanh(distance), distance < 0.1, self.at >= LIMIT, distance < 0.1
+
+    def observe(self) -> dict[str, np.ndarray]:
+        state = np.concatenate([self.position, self.target]).astype(np.float32)
+        if self.broken and self.at > 3:
+            state[1] = np.nan
+        return {"state": state}
+
+
+class ReachDemonstrator:
+    """Straight to the target."""
+
+    def reset(self, rows: np.ndarray) -> None:
+        """Remembers nothing."""
+
+    def actions(self, state: np.ndarray) -> np.ndarray:
+        return np.clip((state[:, 2:] - state[:, :2]) / SPEED, -1, 1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ReachConfig:
+    num_envs: int = 4
+    workers: int = 2
+    nan_at_seed_below: int = 0
+    max_deaths: int = 3
+
+    @property
+    def num_tasks(self) -> int:
+        return 1
+
+    def demonstrator(self) -> ReachDemonstrator:
+        return ReachDemonstrator()
+
+    def build(self, schedule: ResetSchedule, *, log_dir: Path | None = None) -> Simulator:
+        return WorkerSimulator(
+            "training_toys:Reach",
+            {"nan_at_seed_below": self.nan_at_seed_below},
+            self.num_envs,
+            self.workers,
+            schedule,
+            log_dir=log_dir,
+            python_path=[str(Path(__file__).parent)],
+            max_deaths=self.max_deaths,
+        )
+
+
+simulators.register("reach", "training_toys:ReachConfig")
+
+SMALL = {"hidden": (32, 32), "value_hidden": (32,)}
+
+
+def off_policy(**training: Any) -> RunConfig:
+    """A clone of few, noisy demonstrations, then the flow actor-critic."""
+    return RunConfig(
+        recipe="toy_off_policy",
+        simulator=ReachConfig(),
+        policy=FlowMLPConfig(horizon=2, chunk=2, **SMALL),
+        demonstrations=DemonstrationsConfig(episodes=4, noise=0.3),
+        imitation=ImitationConfig(steps=50, batch_size=32),
+        algorithm=FlowActorCriticConfig(
+            critic_hidden=(32, 32),
+            batch_size=32,
+            anchor_batch_size=16,
+            anchor_minimum=20,
+            learning_starts=60,
+            critic_warmup_updates=10,
+            shaping=1.0,
+            replay_capacity=800,
+        ),
+        training=_training(training),
+        evaluation=EvaluationConfig(episodes=6),
+        logging=LoggingConfig(tensorboard=False),
+    )
+
+
+def on_policy(**training: Any) -> RunConfig:
+    """PPO from scratch."""
+    return RunConfig(
+        recipe="toy_on_policy",
+        simulator=ReachConfig(),
+        policy=GaussianMLPConfig(chunk=2, **SMALL),
+        algorithm=PPOConfig(epochs=2, minibatches=2, critic_warmup=1),
+        training=_training(training),
+        evaluation=EvaluationConfig(episodes=6),
+        logging=LoggingConfig(tensorboard=False),
+    )
+
+
+def _training(changes: dict[str, Any]) -> TrainingConfig:
+    values: dict[str, Any] = {
+        "env_steps": 320,
+        "decisions_per_iteration": 8,
+        "evaluate_every": 2,
+        "development_episodes": 4,
+        "checkpoint_every": 2,
+    }
+    return TrainingConfig(**(values | changes))
+
+
+def metrics_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what the clock decides."""
+    return [{name: value for name, value in row.items() if not name.startswith(("time/", "wall_"))} for row in rows]
