@@ -12,7 +12,7 @@ from embodied_rl.simulators.maniskill.patch import Patch, same
 
 def patches() -> list[Patch]:
     """Pose getters and setters, drive targets, contact impulses and the angle between vectors."""
-    return [*_poses(), _drive_targets(), _impulses(), *_vectors()]
+    return [*_poses(), _drive_targets(), _impulses(), _grasping(), *_vectors()]
 
 
 def _poses() -> list[Patch]:
@@ -82,6 +82,24 @@ def _impulses() -> Patch:
         return torch.from_numpy(total[None].astype(np.float32))
 
     return Patch(ManiSkillScene, "get_pairwise_contact_impulses", get_pairwise_contact_impulses)
+
+
+def _grasping() -> Patch:
+    import torch
+    from mani_skill.agents.robots.panda.panda import Panda
+
+    original = Panda.is_grasping
+
+    def is_grasping(self: Any, object: Any, min_force: float = 0.5, max_angle: float = 85) -> Any:
+        """Most of the time no finger touches the object; the angles of zero forces need not be computed."""
+        if min_force > 0 and not self.scene.gpu_sim_enabled:
+            for finger in (self.finger1_link, self.finger2_link):
+                impulse = self.scene.get_pairwise_contact_impulses(finger, object).numpy()
+                if len(impulse) == 1 and not impulse.any():
+                    return torch.zeros(1, dtype=torch.bool)
+        return original(self, object, min_force, max_angle)
+
+    return Patch(Panda, "is_grasping", is_grasping)
 
 
 def _vectors() -> list[Patch]:
