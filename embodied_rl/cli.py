@@ -87,7 +87,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     evaluate = command("evaluate", _evaluate, "Evaluate the trained policy of a run.")
     evaluate.add_argument("run", type=Path, metavar="RUN_DIR")
     evaluate.add_argument("--episodes", type=_positive, help="default: as configured")
-    evaluate.add_argument("--seed", type=int, help="default: the run's seed, hence its evaluation episodes")
+    evaluate.add_argument("--seed", type=int, default=0, help="0 (default): the run's own test episodes; else others")
     evaluate.add_argument("--stochastic", action="store_true", help="act with exploration noise")
 
     collect = command("collect", _collect, "Write scripted demonstrations to an HDF5 file.", **shown)
@@ -196,9 +196,14 @@ def _show(config: Any) -> None:
 def _evaluate(arguments: Any) -> None:
     if not (arguments.run / "config.json").is_file():
         raise UserError(f"{arguments.run} is not a run folder: it has no config.json")
+    from embodied_rl.config import load
+
+    configured = load(arguments.run / "config.json").evaluation
     from embodied_rl.training.evaluation import evaluate_run
 
-    print(_sentence(evaluate_run(arguments.run, arguments.episodes, arguments.seed, not arguments.stochastic)))
+    episodes = arguments.episodes or configured.episodes
+    deterministic = configured.deterministic and not arguments.stochastic
+    print(_sentence(evaluate_run(arguments.run, episodes, arguments.seed, deterministic)))
 
 
 def _sentence(evaluation: dict[str, Any]) -> str:
