@@ -12,12 +12,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from embodied_rl.specs import ActionSpec, ObservationSpec, TaskSpec
 from embodied_rl.types import ChunkResult, Observation
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11, newer than some simulators' own
 
 WAIT = -1
 """The ticket of a row that runs no episode."""
@@ -56,8 +59,8 @@ class Simulator(ABC):
 
     @abstractmethod
     def reset(self, env_ids: np.ndarray | None = None, tickets: np.ndarray | None = None) -> Observation:
-        """Start the episodes `tickets` (int64, one per id) in `env_ids` (default: all N); a ticket `WAIT` parks the row.
-        Returns the observation of these rows. Other rows go on undisturbed."""
+        """Start the episodes `tickets` (int64, one per id) in `env_ids` (default: all N); a ticket `WAIT` parks the
+        row. Returns the observation of these rows. Other rows go on undisturbed."""
 
     @abstractmethod
     def send(
@@ -87,7 +90,7 @@ class Simulator(ABC):
     def close(self) -> None:
         """Release everything; may be called twice."""
 
-    def __enter__(self) -> Simulator:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:

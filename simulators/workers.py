@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-import embodied_rl
 from embodied_rl.errors import SimulatorDied, UserError
 from embodied_rl.simulators.base import WAIT, ResetSchedule, Simulator
 from embodied_rl.simulators.chunk import Frame, Ledger, check_reset, check_send
 from embodied_rl.simulators.rows import Block, block_fields
 from embodied_rl.simulators.shared_arrays import SharedMemory
-from embodied_rl.simulators.worker import Channel, Kind, Message, ProtocolError, Specs
+from embodied_rl.simulators.worker import Kind, Message, Specs
+from embodied_rl.simulators.worker_process import CANNOT_IMPORT, EnvironmentFailed, WorkerDied, WorkerProcess
 from embodied_rl.types import ChunkResult, Observation
 
-_CANNOT_IMPORT = 78
-# The package is loaded from its folder alone: the folder around it may hold another Python's site-packages.
-_BOOTSTRAP = f"""
-import importlib.util, sys
-folder, *numbers = sys.argv[1:]
-try:
-    spec = importlib.util.spec_from_file_location(
-        "embodied_rl", folder + "/__init__.py", submodule_search_locations=[folder])
-    sys.modules["embodied_rl"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["embodied_rl"])
-    from embodied_rl.simulators.worker import main
-except ImportError as error:
-    print(f"{{sys.executable}} cannot run a simulator worker: {{error}}", file=sys.stderr)
-    sys.exit({_CANNOT_IMPORT})
-main(*map(int, numbers))
-"""
 _GRACE = 5.0
 """Seconds that workers get to close their simulators."""
-
-
-class EnvironmentFailed(RuntimeError):
-    """An environment raised an exception in its worker; the message holds the worker's traceback."""
-
-
-class _Died(Exception):
-    """A worker ended, hangs, or talks nonsense."""
 
 
 class WorkerSimulator(Simulator):
@@ -100,13 +69,14 @@ class WorkerSimulator(Simulator):
         self.max_deaths = max_deaths
         self._sequence = 0
         self._in_flight: tuple[int, np.ndarray, bool] | None = None  # K, next tickets, every
-        self._closed = False
         self._memory = SharedMemory()
         bounds = [num_envs * i // workers for i in range(workers + 1)]
         self._workers = [
-            _Worker(i, slice(bounds[i], bounds[i + 1]), order, python or sys.executable, log_dir)
+            WorkerProcess(i, slice(bounds[i], bounds[i + 1]), order, python or sys.executable, log_dir)
             for i in range(workers)
         ]
+        # Also when the last reference goes, and when the interpreter exits.
+        self._release = weakref.finalize(self, _close, self._workers, self._memory)
         try:
             specs = self._start(self._workers)
             self.observation_spec, self.action_spec, self.tasks = specs.observation, specs.action, specs.tasks
@@ -115,8 +85,15 @@ class WorkerSimulator(Simulator):
             self._buffer = 0
             self._allocate(chunk=16, every=False)
         except BaseException:
+            for worker in self._workers:
+                worker.kill(WorkerDied("was not needed"))
             self.close()
             raise
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that run now, in the order of their rows."""
+        return [worker.pid for worker in self._workers if worker.pid is not None]
 
     def reset(self, env_ids: np.ndarray | None = None, tickets: np.ndarray | None = None) -> Observation:
         """As in `Simulator`. A reset of all rows also abandons a chunk in flight."""
@@ -184,16 +161,9 @@ class WorkerSimulator(Simulator):
 
     def close(self) -> None:
         """End the workers, by force after a few seconds; may be called twice."""
-        if self._closed:
-            return
-        self._closed = True
-        self._send(self._workers, Message(Kind.CLOSE, self._next()))
-        deadline = time.monotonic() + _GRACE
-        for worker in self._workers:
-            worker.close(deadline)
-        self._memory.close()
+        self._release()
 
-    def _order_reset(self, workers: Sequence[_Worker], which: np.ndarray) -> list[_Worker]:
+    def _order_reset(self, workers: Sequence[WorkerProcess], which: np.ndarray) -> list[WorkerProcess]:
         """Let `workers` reset those of their rows that are in `which` [N] and run a ticket; returns the dead."""
         for worker in workers:
             rows = worker.rows
@@ -202,7 +172,7 @@ class WorkerSimulator(Simulator):
         self._send(workers, Message(Kind.RESET, self._next(), self._buffer))
         return self._collect(workers)
 
-    def _replace(self, dead: list[_Worker]) -> None:
+    def _replace(self, dead: list[WorkerProcess]) -> None:
         """Start new processes for `dead` workers, which start the tickets of their rows again."""
         while dead:
             self.deaths += len(dead)
@@ -212,7 +182,7 @@ class WorkerSimulator(Simulator):
             self._send(dead, self._map)
             dead = self._order_reset(dead, np.ones(self.num_envs, bool))
 
-    def _start(self, workers: Sequence[_Worker]) -> Specs:
+    def _start(self, workers: Sequence[WorkerProcess]) -> Specs:
         """Start `workers` all at once; returns their common specs."""
         for worker in workers:
             worker.spawn(self._memory.descriptor)
@@ -224,9 +194,9 @@ class WorkerSimulator(Simulator):
         for worker in workers:
             try:
                 specs.append(Specs.from_json(worker.answer(sequence, deadline).payload))
-            except _Died as death:
+            except WorkerDied as death:
                 worker.kill(death)
-                if worker.exit_code == _CANNOT_IMPORT:
+                if worker.exit_code == CANNOT_IMPORT:
                     raise UserError(worker.tail().splitlines()[-1]) from None
                 raise SimulatorDied(f"at start-up: {worker.obituary()}") from None
         if any(each != specs[0] for each in specs):
@@ -251,20 +221,20 @@ class WorkerSimulator(Simulator):
         self._map = Message(Kind.MAP, 0, payload=json.dumps({"start": start, "fields": fields}).encode())
         self._send(self._workers, self._map)
 
-    def _send(self, workers: Iterable[_Worker], message: Message) -> None:
+    def _send(self, workers: Iterable[WorkerProcess], message: Message) -> None:
         for worker in workers:
             worker.send(message, self.timeout)
 
-    def _collect(self, workers: Iterable[_Worker]) -> list[_Worker]:
+    def _collect(self, workers: Iterable[WorkerProcess]) -> list[WorkerProcess]:
         """Wait for the answers to the last message; returns the workers that died instead. Raises what an environment
         raised, after all have answered."""
         deadline = time.monotonic() + self.timeout
-        dead: list[_Worker] = []
+        dead: list[WorkerProcess] = []
         failure: Exception | None = None
         for worker in workers:
             try:
                 worker.answer(self._sequence, deadline)
-            except _Died as death:
+            except WorkerDied as death:
                 worker.kill(death)
                 dead.append(worker)
             except (EnvironmentFailed, UserError) as error:
@@ -278,142 +248,14 @@ class WorkerSimulator(Simulator):
         return self._sequence
 
     def _check_open(self) -> None:
-        if self._closed:
+        if not self._release.alive:
             raise RuntimeError("the simulator is closed")
 
 
-@dataclass
-class _Process:
-    """One incarnation of a worker."""
-
-    popen: subprocess.Popen[bytes]
-    channel: Channel
-
-
-class _Worker:
-    """The parent's handle of one worker: its rows, its current process and what that printed."""
-
-    def __init__(self, index: int, rows: slice, order: dict[str, Any], python: str, log_dir: Path | None) -> None:
-        self.rows = rows
-        self.order = order | {"first": rows.start, "count": rows.stop - rows.start}
-        self.exit_code: int | None = None
-        self._name = f"worker {index} (environments {rows.start}-{rows.stop - 1})"
-        self._python = python
-        self._epoch = 0
-        self._process: _Process | None = None
-        self._death: _Died | None = None
-        self._log: BinaryIO
-        if log_dir is None:
-            self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115
-        else:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            self._log = open(log_dir / f"worker-{index}.log", "a+b")  # noqa: SIM115 - lives as long as the worker
-
-    def spawn(self, memory: int) -> None:
-        """Start a process; returns at once."""
-        self._epoch += 1
-        ours, theirs = socket.socketpair()
-        numbers = [theirs.fileno(), memory, self._epoch, os.getpid()]
-        command = [self._python, "-c", _BOOTSTRAP, str(Path(embodied_rl.__file__).parent), *map(str, numbers)]
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        try:
-            popen = _spawn(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                pass_fds=(theirs.fileno(), memory),
-                env=os.environ | threads | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,  # so that whatever the simulator starts can be killed with it
-            )
-        except OSError as error:
-            ours.close()
-            raise UserError(f"the simulator's interpreter {self._python} cannot be started: {error}") from error
-        finally:
-            theirs.close()
-        self._process = _Process(popen, Channel(ours, self._epoch))
-
-    def send(self, message: Message, timeout: float) -> None:
-        """A dead worker is noticed by `answer`."""
-        if self._process:
-            with contextlib.suppress(OSError):
-                self._process.channel.send(message, timeout)
-
-    def answer(self, sequence: int, deadline: float) -> Message:
-        """The answer to message `sequence`. Raises `_Died`, or what the environment raised."""
-        if self._process is None:
-            raise self._death or _Died("never started")
-        try:
-            message = self._process.channel.receive(deadline)
-            while message.sequence < sequence:  # to a call that was abandoned
-                message = self._process.channel.receive(deadline)
-            if message.sequence > sequence or message.kind not in (Kind.DONE, Kind.ERROR):
-                raise ProtocolError(f"{message.kind.name} number {message.sequence}")
-        except TimeoutError:
-            raise _Died("did not answer in time") from None
-        except (EOFError, OSError):
-            raise _Died("ended") from None
-        except ProtocolError as error:
-            raise _Died(f"does not keep to the protocol ({error})") from None
-        if message.kind is Kind.ERROR:
-            error = json.loads(message.payload)
-            raise UserError(error["text"]) if error["user"] else EnvironmentFailed(f"{self._name}:\n{error['text']}")
-        return message
-
-    def kill(self, death: _Died) -> None:
-        """Make sure that the process and all it started are gone."""
-        if self._process is None:
-            return
-        self._death = death
-        pid = self._process.popen.pid
-        with contextlib.suppress(ProcessLookupError):
-            if str(death).startswith("did not"):
-                os.kill(pid, signal.SIGUSR1)  # faulthandler writes to the log where it hangs
-                time.sleep(0.1)
-        self._end()
-
-    def close(self, deadline: float) -> None:
-        """Wait for the process until `deadline`, then kill it; release everything."""
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.popen.wait(max(0.0, deadline - time.monotonic()))
-            self._end()
-        self._log.close()
-
-    def tail(self) -> str:
-        """The last lines that the worker printed."""
-        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 4000))
-        return "\n".join(self._log.read().decode(errors="replace").splitlines()[-30:])
-
-    def obituary(self) -> str:
-        """How the last process ended."""
-        code = self.exit_code
-        end = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-        return f"{self._name} {self._death} ({end}); its last output:\n{self.tail() or '(none)'}"
-
-    def _end(self) -> None:
-        if self._process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.popen.pid, signal.SIGKILL)
-        self.exit_code = self._process.popen.wait()
-        self._process.channel.close()
-        self._process = None
-
-
-class _Spawner:
-    """Starts processes from one thread that lives as long as this process: Linux kills a worker (PR_SET_PDEATHSIG) when
-    the *thread* that started it ends, and a simulator may well be built in a thread that ends early."""
-
-    def __init__(self) -> None:
-        self._renew()
-        os.register_at_fork(after_in_child=self._renew)  # a fork has no such thread
-
-    def __call__(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return self._thread.submit(lambda: subprocess.Popen[bytes](command, **options)).result(timeout=60)
-
-    def _renew(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "simulator-spawner")
-
-
-_spawn = _Spawner()
+def _close(workers: list[WorkerProcess], memory: SharedMemory) -> None:
+    for worker in workers:
+        worker.send(Message(Kind.CLOSE, 0), _GRACE)
+    deadline = time.monotonic() + _GRACE
+    for worker in workers:
+        worker.close(deadline)
+    memory.close()

@@ -9,6 +9,7 @@ import socket
 import stat
 import sys
 import time
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,24 @@ class Null(Environment):
 
     def observe(self) -> dict[str, np.ndarray]:
         return self.values
+
+
+def assert_same(one: object, other: object, where: str = "") -> None:
+    """Equality of results with arrays inside, bit by bit."""
+    assert type(one) is type(other), where
+    if is_dataclass(one):
+        for each in fields(one):
+            assert_same(getattr(one, each.name), getattr(other, each.name), f"{where}.{each.name}")
+    elif isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        assert one.dtype == other.dtype, where
+        np.testing.assert_array_equal(one, other, err_msg=where)
+    elif isinstance(one, dict) and isinstance(other, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key}]")
+    elif isinstance(one, list) and isinstance(other, list):
+        assert len(one) == len(other), where
+        for i, (first, second) in enumerate(zip(one, other, strict=True)):
+            assert_same(first, second, f"{where}[{i}]")
+    else:
+        assert one == other, where
