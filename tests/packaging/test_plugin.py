@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 Python = Callable[..., str]
 
 NAMES = """
@@ -18,9 +20,7 @@ print(json.dumps([targets, [name for name in sys.modules if name.startswith(("to
 """
 
 
-def test_its_names_are_listed_without_importing_it(
-    plugin: Path, site: Path, tmp_path: Path, python: Python
-) -> None:
+def test_its_names_are_listed_without_importing_it(plugin: Path, site: Path, tmp_path: Path, python: Python) -> None:
     targets, imported = json.loads(python(NAMES, plugin, site, cwd=tmp_path))
     assert targets == {
         "simulators": "toy_robotics.simulator:LineConfig",
@@ -54,8 +54,9 @@ sys.exit(main(["train", "line", "--seed", "1", "--out", "run"]))
 """
 
 
+@pytest.mark.slow
 def test_its_recipe_trains(plugin: Path, site: Path, tmp_path: Path, python: Python) -> None:
     python(TRAIN, plugin, site, cwd=tmp_path)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["evaluation_episodes"] == 20
-    assert result["final_success"] > result["initial_success"] + 0.2
+    assert result["final_success"] > result["initial_success"] + 0.4

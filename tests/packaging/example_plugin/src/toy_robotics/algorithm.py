@@ -15,7 +15,7 @@ from embodied_rl.types import Trajectory
 class ReinforceConfig:
     """REINFORCE."""
 
-    learning_rate: float = 0.01
+    learning_rate: float = 0.05
     gamma: float = 0.9
 
     def build(self, policy: Policy, seed: int) -> Reinforce:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from embodied_rl.config import EvaluationConfig, RunConfig, TrainingConfig
 from toy_robotics.algorithm import ReinforceConfig
 from toy_robotics.policy import LinearConfig
 from toy_robotics.simulator import LineConfig
-
-from embodied_rl.config import EvaluationConfig, RunConfig, TrainingConfig
 
 
 def line() -> RunConfig:
@@ -16,6 +15,6 @@ def line() -> RunConfig:
         simulator=LineConfig(),
         policy=LinearConfig(),
         algorithm=ReinforceConfig(),
-        training=TrainingConfig(env_steps=2000, decisions_per_iteration=16),
+        training=TrainingConfig(env_steps=20_000, decisions_per_iteration=16),
         evaluation=EvaluationConfig(episodes=20),
     )

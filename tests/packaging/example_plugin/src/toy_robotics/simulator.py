@@ -33,7 +33,7 @@ class Line(Environment):
         self.steps += 1
         distance = abs(self.position - self.mark)
         success = bool(distance < REACHED)
-        return 1.0 - distance, success, self.steps >= self.max_steps, success
+        return -distance, success, self.steps >= self.max_steps, success
 
     def observe(self) -> dict[str, np.ndarray]:
         return {"state": np.array([self.position, self.mark], np.float32)}
@@ -53,7 +53,7 @@ class Straight:
 class LineConfig:
     """A cart on a line."""
 
-    num_envs: int = 4
+    num_envs: int = 16
     workers: int = 1
     max_steps: int = 20
     num_tasks: int = 1
