@@ -40,7 +40,7 @@ class ObservationSpec:
 
     state: int = 0
     """S, size of the state vector."""
-    state_names: tuple[str, ...] = ()
+    state_names: tuple[str, ...] = field(default=(), repr=False)
     """Name of each number in `state`, e.g. "extra.obj_pose.2"; () when the simulator does not tell."""
     cameras: Mapping[str, CameraSpec] = field(default_factory=dict)
     privileged: int = 0

@@ -177,12 +177,11 @@ def _rollouts(run_dir: Path) -> str:
         if (path := run_dir / name).exists():
             data = base64.b64encode(path.read_bytes()).decode()
             parts.append(f'<img alt="rollout" src="data:{MEDIA[path.suffix]};base64,{data}">')
-    episodes = _read_json(run_dir / "rollout.json") or []
+    episodes = (_read_json(run_dir / "rollout.json") or {}).get("episodes", [])
     names: list[str] = []
     paths: list[tuple[int, Sequence[Sequence[float]]]] = []
     for episode in episodes:
-        positions = episode["positions"]
-        for name, points in (positions if isinstance(positions, dict) else {"end-effector": positions}).items():
+        for name, points in episode["positions"].items():
             if name not in names:
                 names.append(name)
             if points:
