@@ -150,12 +150,17 @@ class Faulty(Counter):
                 raise UserError("the toy needs a battery: put one in")
 
 
-class Slow(Counter):
-    """Takes a while to construct."""
+class Rendezvous(Counter):
+    """Constructed only together with `others` of its kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str, others: int) -> None:
         super().__init__()
-        time.sleep(1.0)
+        (Path(folder) / str(os.getpid())).touch()
+        deadline = time.monotonic() + 60
+        while len(os.listdir(folder)) <= others:
+            if time.monotonic() > deadline:
+                raise TimeoutError("alone")
+            time.sleep(0.01)
 
 
 class Null(Environment):

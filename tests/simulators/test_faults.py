@@ -33,7 +33,7 @@ LONG = 10**6
 class Faults:
     """Four long episodes in two workers, and a file that tells one of them to misbehave."""
 
-    def __init__(self, folder: Path, timeout: float = 20.0, max_deaths: int = 3) -> None:
+    def __init__(self, folder: Path, timeout: float = 60.0, max_deaths: int = 3) -> None:
         self.orders = folder / "orders.json"
         self.log_dir = folder / "logs"
         self.simulator = WorkerSimulator(
@@ -138,12 +138,12 @@ def test_a_worker_killed_while_its_answer_is_awaited(faults: Callable[..., Fault
     timer.start()
     start = time.monotonic()
     check_lost(simulator.receive(), [False, False, True, True], [0, 1, 2, 3])
-    assert time.monotonic() - start < 10.0  # by the end of the socket, long before the timeout
+    assert time.monotonic() - start < 30.0  # by the end of the socket, long before the timeout
     timer.join()
 
 
 def test_a_worker_that_hangs_is_killed_and_tells_where(faults: Callable[..., Faults]) -> None:
-    it = faults(timeout=1.5)
+    it = faults(timeout=3.0)
     it.simulator.reset(tickets=np.arange(4))
     it.order("hang", ticket=0)
     check_lost(it.simulator.step(ACTIONS), [True, True, False, False], [0, 1, 2, 3])
@@ -208,10 +208,12 @@ def test_a_reset_that_always_kills_ends_the_run(faults: Callable[..., Faults]) -
         it.simulator.reset(tickets=np.arange(4))
 
 
-@pytest.mark.parametrize(("do", "how"), [("die", "SIGKILL"), ("exit", "exit code 3"), ("hang", "in time")])
-def test_death_at_start_up_is_final(do: str, how: str) -> None:
+@pytest.mark.parametrize(
+    ("do", "how", "patience"), [("die", "SIGKILL", 60), ("exit", "exit code 3", 60), ("hang", "in time", 5)]
+)
+def test_death_at_start_up_is_final(do: str, how: str, patience: float) -> None:
     with pytest.raises(SimulatorDied, match=f"(?s)at start-up: .*{how}.*about to {do}"):
-        WorkerSimulator("simulator_toys:Faulty", {"at_start": do}, 2, 2, SCHEDULE, start_timeout=4.0)
+        WorkerSimulator("simulator_toys:Faulty", {"at_start": do}, 2, 2, SCHEDULE, start_timeout=patience)
     assert workers() == []
 
 
@@ -280,7 +282,7 @@ def test_close_does_not_wait_for_a_worker_that_hangs(faults: Callable[..., Fault
     it.simulator.send(ACTIONS)
     start = time.monotonic()
     it.simulator.close()
-    assert time.monotonic() - start < 5.0
+    assert time.monotonic() - start < 30.0
     assert workers() == []
 
 
@@ -308,7 +310,7 @@ time.sleep(60)
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2 and all(alive(pid) for pid in pids)
         parent.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.01)
