@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from embodied_rl.errors import UserError, unknown
+from embodied_rl.simulators import vulkan
 from embodied_rl.simulators.base import Environment, InitialState
 from embodied_rl.simulators.maniskill import fast, headless, tasks
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, TaskSpec
@@ -107,12 +109,14 @@ def make(
 ) -> Any:
     """ManiSkill's bare environment, without wrappers: no time limit and no automatic reset."""
     render = observation != "state"
-    if not render:
+    if render:
+        os.environ.update(vulkan.environment())
+    else:
         headless.install()
-    elif not headless.can_render():
+    if render and not headless.can_render():
         raise UserError(
             f"ManiSkill images (observation '{observation}') need a Vulkan device, and SAPIEN finds none: install a "
-            "GPU driver or Mesa >= 25 (lavapipe), or use observation 'state'"
+            f"GPU driver, or software Vulkan with {vulkan.SETUP}, or use observation 'state'"
         )
     import gymnasium
     import torch

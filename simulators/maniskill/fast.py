@@ -1,14 +1,15 @@
 """ManiSkill's generic hot functions, rewritten for one environment on the CPU: the same float32 numbers, much sooner.
 
-A control step of ManiSkill spends about 80 % of its time in Python and torch, on tensors of three to seven numbers, where
-an operation costs what its dispatch costs. Replacing torch by numpy inside the generic layers (poses, quaternions,
-controllers, contacts) removes most of that, for every task alike; what a task computes itself stays untouched.
+A control step of ManiSkill spends about 80 % of its time in Python and torch, on tensors of three to seven numbers,
+where an operation costs what its dispatch costs. Replacing torch by numpy inside the generic layers (poses,
+quaternions, controllers, contacts) removes most of that, for every task alike; what a task computes itself stays
+untouched.
 
 Why the numbers are the same: addition, subtraction, multiplication, division and square root of float32 are correctly
 rounded in both libraries, and every function here does them in the original's order. Reductions (sums, norms, dot
-products) and transcendental functions are left to torch, whose order and rounding are its own. Each rewritten function is
-compared with its original on random inputs before it is used, and one that differs anywhere on this machine stays as it
-was.
+products) and transcendental functions are left to torch, whose order and rounding are its own. Each rewritten function
+is compared with its original on random inputs before it is used, and one that differs anywhere on this machine stays as
+it was.
 
 The patches act on ManiSkill's classes and modules, hence on a whole process: `install` once, `disabled()` for a while.
 """

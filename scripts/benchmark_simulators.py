@@ -1,0 +1,217 @@
+"""How fast, and how exact, is the ManiSkill adapter?
+
+Environment steps per second of `WorkerSimulator` over our ManiSkill adapter (chunks of 8 actions) against
+`gymnasium.vector.AsyncVectorEnv` over ManiSkill's own CPU wrapper, with the same number of processes, the two sides
+alternating in one run; and the largest difference between the two in state, reward, termination and success for equal
+seeds and actions.
+
+    python scripts/benchmark_simulators.py            # about ten minutes
+    python scripts/benchmark_simulators.py --smoke    # two or three minutes
+
+The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on both sides: one thread per process
+
+import numpy as np
+
+from embodied_rl.simulators.base import InitialState
+from embodied_rl.simulators.maniskill.config import ManiSkillConfig
+
+TASKS = ("PickCube-v1", "PushCube-v1", "StackCube-v1", "PegInsertionSide-v1")
+CHUNK = 8
+REWARD = "normalized_dense"
+
+
+class Seeds:
+    """A reset schedule whose tickets are seeds."""
+
+    def state(self, ticket: int) -> InitialState:
+        return InitialState(task=0, seed=ticket)
+
+
+class PlainEnvironment:
+    """Makes ManiSkill's own CPU wrapper, in whichever process calls it; nothing of it is patched but the renderer."""
+
+    def __init__(self, task: str, control: str | None) -> None:
+        self.task, self.control = task, control
+
+    def __call__(self) -> Any:
+        import torch
+
+        from embodied_rl.simulators.maniskill import headless
+
+        torch.set_num_threads(1)
+        headless.install()
+        import gymnasium
+        from mani_skill.utils.wrappers import CPUGymWrapper
+
+        return CPUGymWrapper(
+            gymnasium.make(
+                self.task, obs_mode="state", control_mode=self.control, reward_mode=REWARD, render_backend="none"
+            )
+        )
+
+
+def reference(make: PlainEnvironment, seed: int, actions: np.ndarray) -> list[tuple[Any, ...]]:
+    """(state, reward, terminated, truncated, success) of every executed action of the chunks [C,K,A], in episodes
+    seeded seed, seed + 1, ...; the rest of a chunk in which an episode ends is not executed."""
+    env = make()
+    env.reset(seed=seed)
+    rows = []
+    for chunk in actions:
+        for action in chunk:
+            state, reward, terminated, truncated, info = env.step(action)
+            rows.append((state, float(reward), bool(terminated), bool(truncated), bool(info.get("success", False))))
+            if terminated or truncated:
+                seed += 1
+                env.reset(seed=seed)
+                break
+    return rows
+
+
+def difference(config: ManiSkillConfig, make: PlainEnvironment, steps: int) -> float:
+    """The largest absolute difference over `steps` steps in every environment; infinity when the episodes differ."""
+    with config.build(Seeds()) as simulator:
+        count, dim = simulator.num_envs, simulator.action_spec.dim
+        random = np.random.default_rng(0)
+        shape = (count, steps // CHUNK, CHUNK, dim)
+        actions = random.uniform(simulator.action_spec.low, simulator.action_spec.high, shape).astype(np.float32)
+        tickets = 1000 * np.arange(count, dtype=np.int64)
+        simulator.reset(tickets=tickets)
+        ours: list[list[tuple[Any, ...]]] = [[] for _ in range(count)]
+        for c in range(actions.shape[1]):
+            result = simulator.step(actions[:, c], observe="all", next_tickets=tickets + 1)
+            states = [each.state for each in result.intermediate or []]
+            for n, k in np.argwhere(result.valid):
+                success = False if result.success is None else bool(result.success[n, k])
+                ended = (bool(result.terminated[n, k]), bool(result.truncated[n, k]))
+                ours[n].append((states[k][n].copy(), float(result.reward[n, k]), *ended, success))
+            tickets = np.where(result.tickets != tickets, tickets + 1, tickets)
+    worst = 0.0
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for n in range(count):
+            theirs = pool.apply(reference, (make, 1000 * n, actions[n]))
+            if [row[2:] for row in theirs] != [row[2:] for row in ours[n]]:
+                return float("inf")
+            for a, b in zip(ours[n], theirs, strict=True):
+                worst = max(worst, float(np.abs(a[0] - b[0]).max()), abs(a[1] - b[1]))
+    return worst
+
+
+def peak_memory(pid: int) -> float:
+    """Peak resident memory of a process, MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1000
+
+
+def children() -> set[int]:
+    """Process ids of this process's children."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended meanwhile
+        if int(fields[1]) == os.getpid():
+            found.add(int(stat.parent.name))
+    return found
+
+
+def speeds(config: ManiSkillConfig, make: PlainEnvironment, rounds: int, seconds: float) -> tuple[list[float], ...]:
+    """(ours, theirs): environment steps per second in each round, the sides alternating, and (ours, theirs) peak
+    memory per worker, MB."""
+    from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+
+    before = children()
+    simulator = config.build(Seeds())
+    workers = children() - before
+    # Spawned: a child that was forked would inherit whatever this process has patched or imported.
+    vector = AsyncVectorEnv([make] * config.workers, context="spawn", autoreset_mode=AutoresetMode.SAME_STEP)
+    random = np.random.default_rng(0)
+    low, high = np.array(simulator.action_spec.low), np.array(simulator.action_spec.high)
+    ticket = config.num_envs
+
+    def run_ours(duration: float) -> float:
+        nonlocal ticket
+        steps, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < duration:
+            actions = random.uniform(low, high, (config.num_envs, CHUNK, len(low))).astype(np.float32)
+            result = simulator.step(actions, next_tickets=np.arange(ticket, ticket + config.num_envs))
+            ticket += config.num_envs
+            steps += int(result.valid.sum())
+        return steps / elapsed
+
+    def run_theirs(duration: float) -> float:
+        steps, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < duration:
+            actions = random.uniform(low, high, (CHUNK, config.workers, len(low))).astype(np.float32)
+            for action in actions:
+                vector.step(action)
+            steps += CHUNK * config.workers
+        return steps / elapsed
+
+    simulator.reset(tickets=np.arange(config.num_envs))
+    vector.reset(seed=list(range(config.workers)))
+    run_ours(seconds / 2), run_theirs(seconds / 2)
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(run_ours(seconds))
+        theirs.append(run_theirs(seconds))
+    memory_ours = [peak_memory(pid) for pid in workers]
+    memory_theirs = [peak_memory(process.pid) for process in vector.processes]
+    vector.close()
+    simulator.close()
+    return ours, theirs, memory_ours, memory_theirs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="fewer and shorter rounds")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--control", default=None, help="control mode; default: the robot's first")
+    parser.add_argument("--workers", type=int, default=2, help="processes on either side")
+    parser.add_argument("--envs-per-worker", type=int, default=8, help="on our side; the other side has one by design")
+    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--seconds", type=float, default=None, help="per side and round")
+    options = parser.parse_args()
+    rounds = options.rounds or (3 if options.smoke else 7)
+    seconds = options.seconds or (3.0 if options.smoke else 8.0)
+    ratios: dict[str, float] = {}
+    worst = 0.0
+    print(f"{'task':22} {'ours':>8} {'theirs':>8}  steps/s   ratio (min-max)    difference  peak MB per worker")
+    for task in options.tasks:
+        make = PlainEnvironment(task, options.control)
+        num_envs = options.workers * options.envs_per_worker
+        config = ManiSkillConfig(task, options.control, reward=REWARD, num_envs=num_envs, workers=options.workers)
+        small = ManiSkillConfig(task, options.control, reward=REWARD, num_envs=3, workers=1)
+        off = difference(small, make, steps=200)
+        ours, theirs, memory_ours, memory_theirs = speeds(config, make, rounds, seconds)
+        each = [a / b for a, b in zip(ours, theirs, strict=True)]
+        ratios[task] = round(statistics.median(each), 3)
+        worst = max(worst, off)
+        print(
+            f"{task:22} {statistics.median(ours):8.0f} {statistics.median(theirs):8.0f}  {'':7}"
+            f"{ratios[task]:7.2f} ({min(each):.2f}-{max(each):.2f})  {off:10.1e}"
+            f"  {max(memory_ours):.0f} ({options.envs_per_worker} envs), {max(memory_theirs):.0f} (1 env)",
+            flush=True,
+        )
+    summary: dict[str, Any] = dict(ratios)
+    summary["geometric_mean"] = round(statistics.geometric_mean(ratios.values()), 3)
+    summary["max_difference"] = worst
+    print(json.dumps({"maniskill_vs_async_vector_env": summary}))
+
+
+if __name__ == "__main__":
+    main()
