@@ -111,5 +111,5 @@ def test_a_foreign_file_is_refused(saved: Path, content: str) -> None:
 
 
 def test_what_cannot_be_saved_is_refused_by_its_place(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="object.*at /a/0"):
+    with pytest.raises(TypeError, match=r"object.*at /a/0"):
         checkpoint.save(tmp_path / "1", {"a": [object()]})

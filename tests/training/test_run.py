@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import training_toys
-from training_toys import ReachConfig, metrics_of, off_policy, on_policy
+from training_toys import ReachConfig, metrics_of, off_policy, on_policy, worker_pids
 
 from embodied_rl.config import RunConfig, to_dict
 from embodied_rl.errors import SimulatorDied, UserError
@@ -80,12 +80,6 @@ def start(recipe: Any, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, recipe.__name__, str(out)], env=environment)
 
 
-def worker_processes(out: Path) -> list[int]:
-    """Simulator workers of this process, by their parent and command line."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in children if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
 def test_a_killed_simulator_worker_is_replaced_and_its_episodes_are_not_learned_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +91,7 @@ def test_a_killed_simulator_worker_is_replaced_and_its_episodes_are_not_learned_
         begin(self, *args, **kwargs)
         begun.append(1)
         if len(begun) == 40:
-            os.kill(worker_processes(tmp_path)[0], signal.SIGKILL)
+            os.kill(worker_pids()[0], signal.SIGKILL)
 
     monkeypatch.setattr(RolloutWorker, "begin", killing_begin)
     result = train(off_policy(), tmp_path / "run")
@@ -113,7 +107,7 @@ def test_repeated_deaths_stop_the_run_with_the_workers_stderr(tmp_path: Path, mo
 
     def killing_begin(self: RolloutWorker, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
-        os.kill(worker_processes(tmp_path)[0], signal.SIGKILL)
+        os.kill(worker_pids()[0], signal.SIGKILL)
 
     monkeypatch.setattr(RolloutWorker, "begin", killing_begin)
     with pytest.raises(SimulatorDied):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reach import SPEED
 
 from embodied_rl.algorithms.flow_actor_critic import FlowActorCriticConfig
 from embodied_rl.algorithms.imitation import ImitationConfig
@@ -15,40 +17,8 @@ from embodied_rl.config import DemonstrationsConfig, EvaluationConfig, LoggingCo
 from embodied_rl.policies.flow_mlp import FlowMLPConfig
 from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
 from embodied_rl.registry import simulators
-from embodied_rl.simulators.base import Environment, InitialState, ResetSchedule, Simulator
+from embodied_rl.simulators.base import ResetSchedule, Simulator
 from embodied_rl.simulators.workers import WorkerSimulator
-from embodied_rl.specs import ActionSpec, ObservationSpec, TaskSpec
-
-SPEED = 0.2
-LIMIT = 12
-
-
-class Reach(Environment):
-    """State: position and target in [-1, 1]^2. Success within 0.1; the reward is dense, in [0, 1]."""
-
-    observation_spec = ObservationSpec(state=4)
-    action_spec = ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0), hold=(0.0, 0.0), control="velocity")
-    tasks = (TaskSpec("reach", "reach the target", LIMIT, True, "dense"),)
-
-    def __init__(self, nan_at_seed_below: int = 0) -> None:
-        self.nan_at_seed_below = nan_at_seed_below
-
-    def reset(self, state: InitialState) -> None:
-        self.position, self.target = np.random.default_rng(state.seed).uniform(-1, 1, (2, 2))
-        self.broken = state.seed < self.nan_at_seed_below
-        self.at = 0
-
-    def step(self, action: np.ndarray) -> tuple[float, bool, bool, bool | None]:
-        self.position = np.clip(self.position + SPEED * np.clip(action, -1, 1), -1, 1)
-        self.at += 1
-        distance = float(np.linalg.norm(self.position - self.target))
-        return 1 - np.tanh(distance), distance < 0.1, self.at >= LIMIT, distance < 0.1
-
-    def observe(self) -> dict[str, np.ndarray]:
-        state = np.concatenate([self.position, self.target]).astype(np.float32)
-        if self.broken and self.at > 3:
-            state[1] = np.nan
-        return {"state": state}
 
 
 class ReachDemonstrator:
@@ -77,7 +47,7 @@ class ReachConfig:
 
     def build(self, schedule: ResetSchedule, *, log_dir: Path | None = None) -> Simulator:
         return WorkerSimulator(
-            "training_toys:Reach",
+            "reach:Reach",
             {"nan_at_seed_below": self.nan_at_seed_below},
             self.num_envs,
             self.workers,
@@ -139,6 +109,21 @@ def _training(changes: dict[str, Any]) -> TrainingConfig:
         "checkpoint_every": 2,
     }
     return TrainingConfig(**(values | changes))
+
+
+def worker_pids() -> list[int]:
+    """This process's simulator workers."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                command = (folder / "cmdline").read_bytes()
+            except OSError:  # it ended meanwhile
+                continue
+            if parent == os.getpid() and b"simulators.worker" in command:
+                found.append(int(folder.name))
+    return sorted(found)
 
 
 def metrics_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

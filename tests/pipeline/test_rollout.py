@@ -1,0 +1,146 @@
+"""The bookkeeping of the rollout worker and of what the workflows make of it, on a toy task in real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reach import LIMIT
+from training_toys import ReachConfig, off_policy, on_policy, worker_pids
+
+from embodied_rl.pipeline.rollout import Decision, RolloutWorker, TicketCounter
+from embodied_rl.simulators.base import WAIT
+from embodied_rl.specs import connect
+from embodied_rl.training.streams import Streams
+from embodied_rl.training.workflows import OffPolicyWorkflow
+
+STREAMS = Streams(3, 1, 4, 4)
+
+
+def make_worker(config: Any, **simulator: Any) -> RolloutWorker:
+    built = replace(ReachConfig(), **simulator).build(STREAMS)
+    torch.manual_seed(0)
+    policy = config.policy.build(built.observation_spec, built.action_spec)
+    connection = connect(built.observation_spec, built.action_spec, policy.observation_spec, policy.action_spec)
+    return RolloutWorker(built, policy, connection, seed=5)
+
+
+@pytest.fixture
+def worker() -> Iterator[RolloutWorker]:
+    made = make_worker(on_policy())
+    with made.simulator:
+        made.restart(TicketCounter(0))
+        yield made
+
+
+@pytest.fixture
+def off_policy_worker() -> Iterator[RolloutWorker]:
+    made = make_worker(off_policy())
+    with made.simulator:
+        made.restart(TicketCounter(0))
+        yield made
+
+
+def test_tickets_are_issued_once_and_end_in_waiting() -> None:
+    counter = TicketCounter(10, end=13)
+    assert counter.issue(2).tolist() == [10, 11]
+    assert counter.issue(3).tolist() == [12, WAIT, WAIT]
+    assert counter.issue(1).tolist() == [WAIT]
+    assert counter.next == 13
+
+
+def test_every_ticket_runs_one_episode_and_steps_are_counted(worker: RolloutWorker) -> None:
+    trajectory = worker.collect(40, version=0)
+    tickets = [episode.ticket for episode in trajectory.episodes]
+    assert len(set(tickets)) == len(tickets) > 10
+    assert worker.env_steps == int(trajectory.valid.sum())
+    running = set(worker.tickets.tolist())
+    assert running.isdisjoint(tickets)
+    assert set(tickets) | running == set(trajectory.tickets.unique().tolist()) | running
+    for episode in trajectory.episodes:
+        mine = trajectory.tickets == episode.ticket
+        assert int(trajectory.valid[mine].sum()) == episode.length
+        assert float(trajectory.reward[mine].sum()) == pytest.approx(episode.episode_return, rel=1e-5)
+
+
+def test_a_truncated_episode_bootstraps_from_its_true_last_observation(worker: RolloutWorker) -> None:
+    steps: list[Decision] = []
+    finish = worker.finish
+
+    def remember() -> Decision:
+        steps.append(finish())
+        return steps[-1]
+
+    worker.finish = remember  # type: ignore[method-assign]
+    trajectory = worker.collect(30, version=0)
+    cut = (trajectory.truncated & ~trajectory.terminated).any(-1)
+    assert cut.any()
+    assert torch.equal(trajectory.final_value != 0, trajectory.truncated.any(-1))
+    for t, row in cut.nonzero().tolist():
+        final = steps[t].final_inputs
+        assert final is not None
+        at = steps[t].result.final_rows.tolist().index(row)
+        state = final["state"][at : at + 1]
+        torch.testing.assert_close(trajectory.final_value[t, row], worker.policy.value({"state": state})[0])
+        # the last observation belongs to the old episode: its target is the one acted on, not the next episode's
+        assert torch.equal(state[0, 2:], steps[t].inputs["state"][row, 2:])
+    torch.testing.assert_close(trajectory.last_value, worker.policy.value(steps[-1].next_inputs))
+
+
+def test_scores_of_a_trajectory_can_be_recomputed(worker: RolloutWorker) -> None:
+    trajectory = worker.collect(6, version=0)
+    flat = {name: tensor.flatten(0, 1) for name, tensor in trajectory.inputs.items()}
+    trace = {name: tensor.flatten(0, 1) for name, tensor in trajectory.trace.items()}
+    score = worker.policy.evaluate_actions(flat, trace)
+    torch.testing.assert_close(score.log_prob, trajectory.log_prob.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_all_decisions_of_a_lost_episode_are_invalid(worker: RolloutWorker) -> None:
+    begin, count = worker.begin, []
+
+    def killing_begin(*args: Any, **kwargs: Any) -> None:
+        begin(*args, **kwargs)
+        count.append(1)
+        if len(count) == 3:  # every row is in an episode that began before
+            os.kill(worker_pids()[0], signal.SIGKILL)
+
+    worker.begin = killing_begin  # type: ignore[method-assign]
+    trajectory = worker.collect(LIMIT // 2 + 3, version=0)
+    assert worker.simulator.deaths == 1
+    lost = ~trajectory.valid[2].any(-1)
+    assert int(lost.sum()) == worker.lost_episodes == 2
+    for row in lost.nonzero().flatten().tolist():
+        began = int((trajectory.tickets[:3, row] == trajectory.tickets[2, row]).nonzero()[0])
+        assert not trajectory.valid[began:3, row].any()
+        assert trajectory.valid[3, row].all(), "the episode starts again"
+    for episode in trajectory.episodes:
+        assert int(trajectory.valid[trajectory.tickets == episode.ticket].sum()) == episode.length
+
+
+def test_shaping_telescopes_to_success_plus_the_last_potential(off_policy_worker: RolloutWorker) -> None:
+    config = off_policy()
+    algorithm = config.algorithm.build(off_policy_worker.policy, 0)
+    workflow = OffPolicyWorkflow(off_policy_worker, algorithm, 12, torch.Generator().manual_seed(0), 0, None)
+    algorithm.config = replace(algorithm.config, learning_starts=10**9)
+    workflow.iterate(border=True)
+    buffer = workflow.buffer
+    assert len(buffer) == 12 * 4, "every decision has a successor after a border"
+    sample = buffer.sample(4000, np.random.default_rng(0))
+    keys = zip(sample["ticket"].tolist(), sample["inputs"]["state"], strict=True)
+    unique = {(ticket, bytes(state)): i for i, (ticket, state) in enumerate(keys)}
+    index = np.array(sorted(unique.values()))
+    assert len(index) == len(buffer)
+    for ticket in np.unique(sample["ticket"][index]):
+        mine = index[sample["ticket"][index] == ticket]
+        shaping = sample["next_potential"][mine] - sample["potential"][mine]
+        ended = sample["terminated"][mine] | sample["truncated"][mine]
+        assert ended.sum() == 1
+        last = sample["next_potential"][mine][ended]
+        assert shaping.sum() == pytest.approx(float(last[0]), abs=1e-5)
+        assert sample["reward"][mine].sum() == float(sample["success"][mine].any())
