@@ -117,8 +117,7 @@ class ReplayBuffer:
         """Forget the running episode of `rows`: nothing of it is sampled again."""
         self._index = self._successful_index = None
         for row in rows:
-            count = min(int(self._running[row]), self._slots)
-            self._sampleable[self._slot(row, self._head[row] - 1 - np.arange(count))] = False
+            self._sampleable[self._slot(row, self._head[row] - 1 - np.arange(int(self._running[row])))] = False
         self._running[rows] = 0
 
     def sample(self, batch: int, generator: np.random.Generator) -> dict[str, Any]:

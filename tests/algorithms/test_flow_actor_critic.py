@@ -1,5 +1,6 @@
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,7 +164,8 @@ def test_critics_of_an_ensemble_are_independent_networks():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     together = critic(x)
     assert together.shape == (3, 4)
-    first, norm, _, second, norm2, _, last = critic.layers
+    layers: list[Any] = list(critic.layers)
+    first, norm, _, second, norm2, _, last = layers
     for e in range(3):
         h = x
         for linear, layer_norm in ((first, norm), (second, norm2)):

@@ -112,8 +112,22 @@ def test_masked_terms_have_no_gradient_and_no_influence(seed, granularity, over,
     assert torch.equal(results[0][1], results[1][1])
 
 
-@given(seed=seeds, over=st.just("terms"))
-def test_actions_of_a_chunk_are_rows_of_single_steps(seed, over):
+@given(seed=seeds, garbage=st.sampled_from([math.nan, math.inf, 1e30]))
+def test_masked_ratios_have_no_gradient(seed, garbage):
+    """Also when the ratios do not come from `segment_sums`."""
+    scores = random_scores(np.random.default_rng(seed))
+    mask = scores["mask"]
+    log_prob = torch.as_tensor(np.where(mask, scores["log_prob"], garbage)).requires_grad_()
+    old, advantages = (torch.as_tensor(x) for x in (scores["old"], scores["advantages"][:, None]))
+    losses, _ = policy_loss(log_prob, old, advantages, torch.as_tensor(mask), 0.2, 0.2, 3.0)
+    loss = aggregate(losses, torch.as_tensor(mask))
+    loss.backward()
+    assert loss.isfinite() and log_prob.grad is not None
+    assert (log_prob.grad.numpy()[~mask] == 0).all()
+
+
+@given(seed=seeds)
+def test_actions_of_a_chunk_are_rows_of_single_steps(seed):
     """Per action, a chunk of K with an end anywhere inside is the same as its executed steps as rows of their own."""
     rng = np.random.default_rng(seed)
     dim = 2
@@ -123,7 +137,7 @@ def test_actions_of_a_chunk_are_rows_of_single_steps(seed, over):
     steps = torch.arange(K).repeat_interleave(dim)
     mask = term_mask(valid, steps)
     in_chunks = whole_loss(
-        {"log_prob": new, "old": old, "mask": mask, "term_step": steps, "advantages": advantages}, "action", over
+        {"log_prob": new, "old": old, "mask": mask, "term_step": steps, "advantages": advantages}, "action", "terms"
     )
     executed = valid.flatten().numpy()
     single = {
@@ -133,14 +147,14 @@ def test_actions_of_a_chunk_are_rows_of_single_steps(seed, over):
         "term_step": np.zeros(dim, np.int64),
         "advantages": advantages.repeat(K)[executed],
     }
-    torch.testing.assert_close(in_chunks, whole_loss(single, "chunk", over), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(in_chunks, whole_loss(single, "chunk", "terms"), rtol=1e-12, atol=1e-12)
 
 
 @given(seed=seeds, clip=st.sampled_from([None, 0.2]), delta=st.sampled_from([None, 0.5]))
 def test_value_loss_agrees_with_its_definition(seed, clip, delta):
     value, old, target = np.random.default_rng(seed).normal(size=(3, 6))
     expected = [slow_value_loss(v, o, t, clip, delta) for v, o, t in zip(value, old, target, strict=True)]
-    result = value_loss(*(torch.as_tensor(x) for x in (value, old, target)), clip, delta)
+    result = value_loss(torch.as_tensor(value), torch.as_tensor(old), torch.as_tensor(target), clip, delta)
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-9)
 
 

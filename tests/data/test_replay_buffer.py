@@ -1,6 +1,7 @@
 """The replay buffer against a naive one that keeps whole episodes in lists."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def image(number):
     return np.full((2, 2), number % 256, np.uint8)
 
 
-def decision(actions_of, numbers, finals, tickets, row_events):
+def decision(actions_of, numbers, finals, tickets, row_events) -> dict[str, Any]:
     """The arguments of `add` for one decision of every row."""
     kind = np.array([event for event, _ in row_events])
     success = np.array([flag for _, flag in row_events])
@@ -205,5 +206,6 @@ def test_sizes_that_do_not_fit_are_refused():
 
 def test_final_rows_must_be_the_rows_that_ended():
     arguments = decision(actions_of, [0, 2], [1, 3], [0, 1], [("go", False), ("terminate", True)])
+    arguments["final_rows"] = np.array([0])
     with pytest.raises(ValueError, match="final_rows"):
-        ReplayBuffer(12, 2).add(**arguments | {"final_rows": np.array([0])})
+        ReplayBuffer(12, 2).add(**arguments)
