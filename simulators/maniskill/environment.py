@@ -25,9 +25,10 @@ class LazyObservation(Mapping[str, Any]):
         self._value: dict[str, Any] | None = None
 
     def _get(self) -> dict[str, Any]:
-        if self._value is None:
-            self._value = self._compute()
-        return self._value
+        value = self._value
+        if value is None:
+            value = self._value = self._compute()
+        return value
 
     def __getitem__(self, key: str) -> Any:
         return self._get()[key]
