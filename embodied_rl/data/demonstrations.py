@@ -141,13 +141,13 @@ def _write_episode(group: h5py.Group, episode: DemonstrationEpisode) -> None:
 
 
 def _read_episode(group: Any, info: dict[str, Any]) -> DemonstrationEpisode:
-    observation: Any = group.get("obs")
+    observation = found = group.get("obs")
     images: dict[str, np.ndarray] = {}
     if isinstance(observation, h5py.Group):
-        for camera, data in observation.get("sensor_data", {}).items():
+        for camera, data in found.get("sensor_data", {}).items():
             if "rgb" in data:
                 images[camera] = data["rgb"][:]
-        observation = observation.get("state")
+        observation = found.get("state")
     if not isinstance(observation, h5py.Dataset):
         raise ValueError("it has no state observations; replay it with --obs-mode state")
     if "rewards" not in group:

@@ -49,6 +49,7 @@ class Progress:
         """A new phase begins; the last one is reported with its duration."""
         self._finish_phase()
         self._phase, self._phase_began, self._detail, self._env_steps = name, self._clock(), "", None
+        self._metrics.clear()
 
     def update(self, env_steps: float | None = None, detail: str | float = "", **metrics: float | None) -> None:
         """What is known after an iteration; metrics keep their last value until a new one comes."""

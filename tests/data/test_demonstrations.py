@@ -98,7 +98,7 @@ def test_we_read_what_maniskill_records(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.concatenate([e.states for e in episodes]), seen["states"])
     np.testing.assert_array_equal(np.concatenate([e.rewards for e in episodes]), seen["rewards"])
     for e in episodes:
-        np.testing.assert_allclose(e.actions, np.tile(np.float32([0.1, -0.2, 0.3, 1.0]), (3, 1)))
+        np.testing.assert_allclose(e.actions, np.tile([0.1, -0.2, 0.3, 1.0], (3, 1)), rtol=1e-6)
         assert e.success is not None and not e.success.any() and not e.truncated.any()
 
 

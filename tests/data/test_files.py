@@ -16,7 +16,7 @@ def test_writes_text_and_bytes_into_new_folders(tmp_path: Path) -> None:
 def test_nothing_changes_when_one_of_several_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "first").write_text("old")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*second"):
+    with pytest.raises(UserError, match=r"cannot write .*second"):
         write_together({tmp_path / "first": "new", tmp_path / "file" / "second": "new"})
     assert (tmp_path / "first").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "first"]
