@@ -22,6 +22,7 @@ from embodied_rl.algorithms.base import OffPolicyAlgorithm
 from embodied_rl.algorithms.critic import CriticEnsemble, polyak
 from embodied_rl.algorithms.imitation import mean_imitation_loss
 from embodied_rl.algorithms.optimization import adam, seed_policy_draws, step
+from embodied_rl.errors import UserError
 from embodied_rl.types import Observation
 
 
@@ -67,6 +68,14 @@ class FlowActorCriticConfig:
     """Updates per decision of one environment; the critic's warm-up comes on top, at once."""
     exploration_noise: float = 0.1
     """Standard deviation of the Gaussian noise on executed actions, in units of half the action range."""
+
+    def __post_init__(self) -> None:
+        for name in ("critics", "batch_size", "anchor_batch_size", "anchor_minimum", "actor_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"flow_actor_critic: {name} must be at least 1, not {getattr(self, name)}")
+        for name in ("gamma", "tau"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"flow_actor_critic: {name} must be above 0 and at most 1, not {getattr(self, name)}")
 
     def build(self, policy: Any, seed: int) -> FlowActorCritic:
         """The algorithm on `policy`; `seed` initialises the critics."""

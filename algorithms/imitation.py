@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embodied_rl.algorithms.base import ImitationAlgorithm
 from embodied_rl.algorithms.optimization import adam, seed_policy_draws, step
+from embodied_rl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class ImitationConfig:
     """"cosine" lowers the learning rate to 0 over `steps`."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise UserError("imitation: steps and batch_size must be at least 1")
 
     def build(self, policy: Any, seed: int) -> Imitation:
         """The algorithm on `policy`; it has no randomness of its own."""

@@ -9,6 +9,7 @@ from algorithm_toys import ToyFlow
 
 from embodied_rl.algorithms.critic import CriticEnsemble
 from embodied_rl.algorithms.flow_actor_critic import FlowActorCriticConfig
+from embodied_rl.errors import UserError
 
 B, S, K, A = 32, 3, 2, 2
 
@@ -154,6 +155,12 @@ def test_actions_are_scaled_from_their_bounds():
     actions = torch.tensor([[[10.0, 7.0], [-3.0, -7.0]]])
     seen = algorithm._critic_input(torch.zeros(1, S), actions, torch.tensor([[True, True]]))
     assert seen[0, S:].tolist() == [1.0, 7.0, -1.0, -7.0]
+
+
+@pytest.mark.parametrize("wrong", [{"actor_every": 0}, {"tau": 0.0}, {"gamma": 1.1}, {"anchor_minimum": 0}])
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        FlowActorCriticConfig(**wrong)
 
 
 def test_critics_of_an_ensemble_are_independent_networks():

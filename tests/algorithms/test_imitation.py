@@ -5,6 +5,7 @@ import torch
 from algorithm_toys import ToyFlow, ToyGaussian
 
 from embodied_rl.algorithms.imitation import ImitationConfig, mean_imitation_loss
+from embodied_rl.errors import UserError
 
 
 def batch(rows=64, seed=0):
@@ -49,6 +50,11 @@ def test_cosine_schedule_reaches_zero():
     algorithm = ImitationConfig(learning_rate=2.0, steps=4, schedule="constant").build(ToyGaussian(), 0)
     algorithm.load_counters({"updates": 3})
     assert algorithm.learning_rate() == 2
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(UserError, match="at least 1"):
+        ImitationConfig(steps=0)
 
 
 def test_an_update_is_a_function_of_its_generator():
