@@ -11,7 +11,7 @@ from embodied_rl.simulators.maniskill.config import ManiSkillConfig
 
 
 def quickstart() -> RunConfig:
-    """PickCube-v1 in ManiSkill3: a flow-matching policy cloned from 24 demonstrations, improved off-policy by critics."""
+    """PickCube-v1 in ManiSkill3: a flow-matching clone of 24 demonstrations, improved off-policy by critics."""
     return RunConfig(
         recipe="quickstart",
         simulator=ManiSkillConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def demonstrate(
         for row, ticket in enumerate(tickets):
             if any(rows[row]["success"]) and len(found) < episodes:
                 seed_of_episode = streams.state(int(ticket)).seed
-                arrays = {name: np.stack(values) for name, values in rows[row].items()}
+                arrays: dict[str, Any] = {name: np.stack(values) for name, values in rows[row].items()}
                 found.append(DemonstrationEpisode(**arrays, seed=seed_of_episode))
         if len(found) == episodes:
             return found

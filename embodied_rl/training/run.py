@@ -7,6 +7,7 @@ report.html. A run that is killed goes on from its newest checkpoint with the nu
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -38,8 +39,19 @@ from embodied_rl.types import Observation
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> dict[str, Any]:
-    """Run `config` in folder `out` and return the content of its result.json."""
-    return Run(config, out, resume).run()
+    """Run `config` in folder `out` and return the content of its result.json.
+
+    Raises `UserError` for what the user can fix, `SimulatorDied` after repeated worker deaths. A run that is refused
+    before it has anything to show leaves no folder behind.
+    """
+    created = not out.exists()
+    run = Run(config, out, resume)
+    try:
+        return run.run()
+    except UserError:
+        if created and not run.phases:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 class Run:
@@ -66,16 +78,16 @@ class Run:
         torch.set_num_threads(1)
 
     def run(self) -> dict[str, Any]:
-        """All phases. Raises `UserError` for what the user can fix, `SimulatorDied` after repeated worker deaths."""
+        """All phases."""
         logging = self.config.logging
         with (
             Progress(self.config.training.env_steps) as self.progress,
             MetricLogger(self.out, self.config, self.iteration, logging.tensorboard, logging.wandb) as self.logger,
         ):
-            with self._phase("start simulators"):
-                self.simulator = self.config.simulator.build(self.streams, log_dir=self.out / "logs")
-            with self.simulator:
+            self.progress.phase("start simulators")
+            with self.config.simulator.build(self.streams, log_dir=self.out / "logs") as self.simulator:
                 self._build()
+                self.phases["start simulators"] += time.monotonic() - self.started
                 return self._phases()
 
     def _build(self) -> None:
@@ -102,11 +114,11 @@ class Run:
             if workflow is not None:
                 self._learn(workflow)
         self._evaluate("final")
-        if data is not None and self.config.training.converged_clone_steps:
+        steps, imitation = self.config.training.converged_clone_steps, self.config.imitation
+        if data is not None and imitation is not None and steps:
             with self._phase("converged clone"):
                 clone = self._new_policy()
-                steps = self.config.training.converged_clone_steps
-                self._clone(clone, data, replace(self.config.imitation, steps=steps))
+                self._clone(clone, data, replace(imitation, steps=steps))
             self._evaluate("converged_clone", clone)
         with self._phase("record trajectories"):
             record_trajectories(self.worker, self.streams.episodes("test")[:4], self.out / "rollout.json")
@@ -126,7 +138,8 @@ class Run:
             return None
         path = self.out / "demonstrations.h5"
         if wanted.path:
-            episodes = read(Path(wanted.path))[: wanted.episodes]
+            task, control = self.simulator.tasks[0].name, self.simulator.action_spec.control
+            episodes = read(Path(wanted.path), task, control)[: wanted.episodes]
             if len(episodes) < wanted.episodes:
                 raise UserError(f"{wanted.path} holds {len(episodes)} demonstrations, {wanted.episodes} are asked for")
         elif self.saved:

@@ -70,11 +70,7 @@ class ManiSkillEnvironment(Environment):
     def reset(self, state: InitialState) -> None:
         """Everything random restarts from `state.seed`: ManiSkill seeds the episode, and draws made while stepping come
         from global generators, which forked processes would otherwise share."""
-        import torch
-
-        torch.manual_seed(state.seed)
-        np.random.seed(state.seed)  # noqa: NPY002 - the generator ManiSkill's tasks draw from
-        random.seed(state.seed)
+        seed_everything(state.seed)
         with tasks.no_prompts(self.tasks[0].name):
             _, self._info = self.env.reset(seed=state.seed)
         self._steps = 0
@@ -97,6 +93,23 @@ class ManiSkillEnvironment(Environment):
 
     def close(self) -> None:
         self.env.close()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators that ManiSkill and its tasks draw from."""
+    import torch
+
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the generator ManiSkill's tasks draw from
+    random.seed(seed)
+
+
+def generator_states() -> tuple[Any, ...]:
+    """The states of those generators, comparable."""
+    import torch
+
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return bytes(torch.get_rng_state().numpy()), name, keys.tobytes(), *rest, random.getstate()
 
 
 def make(

@@ -20,7 +20,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-from embodied_rl.simulators.maniskill import fast_controllers, fast_math, fast_scene
+from embodied_rl.simulators.maniskill import fast_controllers, fast_math, fast_rows, fast_scene
 from embodied_rl.simulators.maniskill.patch import Patches
 
 _patches: Patches | None = None
@@ -36,7 +36,8 @@ def install() -> list[str]:
     if _patches is None:
         import mani_skill.envs  # noqa: F401 - so that every module that holds a patched name is loaded
 
-        _patches = Patches([*fast_math.patches(), *fast_scene.patches(), *fast_controllers.patches()])
+        parts = (fast_math, fast_scene, fast_controllers, fast_rows)
+        _patches = Patches([patch for part in parts for patch in part.patches()])
         _patches.on()
         gc.collect()
         gc.freeze()

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from embodied_rl.simulators.maniskill.fast_math import plain
+from embodied_rl.simulators.maniskill.fast_math import array, plain
+from embodied_rl.simulators.maniskill.fast_scene import active
 from embodied_rl.simulators.maniskill.patch import Patch
 
 
@@ -37,10 +38,10 @@ def _base() -> list[Patch]:
         def get(self: Any) -> Any:
             articulation = self.articulation
             index = self.active_joint_indices
-            if articulation.scene.gpu_sim_enabled or len(articulation._objs) != 1 or isinstance(index, list):
+            if articulation.scene.gpu_sim_enabled or isinstance(index, list):
                 return original[name].fget(self)
             index = _cached(self, "_fast_index", index, _indices)
-            return torch.from_numpy(getattr(articulation._objs[0], name)[None, index])
+            return torch.from_numpy(np.array([getattr(each, name)[index] for each in articulation._objs]))
 
         return Patch(BaseController, name, property(get))
 
@@ -112,6 +113,7 @@ def _end_effector() -> Patch:
 
 
 def _inverse_kinematics() -> Patch:
+    import sapien
     import torch
     from mani_skill.agents.controllers.utils.kinematics import Kinematics
     from mani_skill.utils.structs.pose import Pose
@@ -119,17 +121,26 @@ def _inverse_kinematics() -> Patch:
     original = Kinematics.compute_ik
 
     def compute_ik(self: Any, pose: Any, q0: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.use_gpu_ik or not isinstance(pose, Pose):
+        if self.use_gpu_ik or not isinstance(pose, Pose) or array(pose) is None:
             return original(self, pose, q0, *args, **kwargs)
-        active = _cached(self, "_fast_active", self.pmodel_active_joint_indices, _indices)
+        joints = _cached(self, "_fast_joints", self.pmodel_active_joint_indices, _indices)
         controlled = _cached(self, "_fast_controlled", self.pmodel_controlled_joint_indices, _indices)
-        result, success, _ = self.pmodel.compute_inverse_kinematics(
-            self.end_link_idx,
-            pose.sp,
-            initial_qpos=q0.numpy()[0, active],
-            active_qmask=_cached(self, "_fast_mask", self.qmask, lambda mask: mask.numpy()),
-            max_iterations=100,
-        )
-        return torch.from_numpy(result[None, controlled].astype(np.float32)) if success else None
+        mask = _cached(self, "_fast_mask", self.qmask, lambda mask: mask.numpy())
+        start, targets = q0.numpy(), array(pose)
+        own = _cached(self, "_fast_own", self.active_joint_indices, _indices)
+        out = start[:, own]
+        for row in active(self.articulation.scene):
+            result, success, _ = self.pmodel.compute_inverse_kinematics(
+                self.end_link_idx,
+                sapien.Pose(targets[row, :3], targets[row, 3:]),
+                initial_qpos=start[row, joints],
+                active_qmask=mask,
+                max_iterations=100,
+            )
+            if success:
+                out[row] = result[controlled]
+            elif len(out) == 1:
+                return None
+        return torch.from_numpy(out)
 
     return Patch(Kinematics, "compute_ik", compute_ik)

@@ -15,6 +15,15 @@ def patches() -> list[Patch]:
     return [*_poses(), _drive_targets(), _impulses(), _grasping(), *_vectors()]
 
 
+def moving(struct: Any) -> list[int]:
+    """Which of a struct's objects a setter means: those of the environments being reset, as in ManiSkill's GPU code."""
+    scene = struct.scene
+    if scene.num_envs == 1:
+        return list(range(len(struct._objs)))
+    mask = scene._reset_mask.tolist()
+    return [i for i, environment in enumerate(struct._scene_idxs.tolist()) if mask[environment]]
+
+
 def _poses() -> list[Patch]:
     import sapien
     from mani_skill.utils.structs.actor import Actor
@@ -25,16 +34,26 @@ def _poses() -> list[Patch]:
         original = vars(owner)["pose"]
 
         def get(self: Any) -> Any:
-            if self.scene.gpu_sim_enabled or len(self._objs) != 1:
+            if self.scene.gpu_sim_enabled:
                 return original.fget(self)
-            return pose(from_sapien(getattr(self._objs[0], attribute)))
+            if len(self._objs) == 1:
+                return pose(from_sapien(getattr(self._objs[0], attribute)))
+            return pose(from_sapien(*[getattr(body, attribute) for body in self._objs]))
 
         def put(self: Any, value: Any) -> None:
-            raw = array(value) if isinstance(value, Pose) and not self.scene.gpu_sim_enabled else None
-            if raw is None or len(raw) != len(self._objs):
+            if self.scene.gpu_sim_enabled:
                 original.fset(self, value)
                 return
-            for body, row in zip(self._objs, raw, strict=True):
+            if not isinstance(value, (sapien.Pose, Pose)):
+                value = Pose.create(value)
+            bodies = [self._objs[i] for i in moving(self)]
+            raw = array(value) if isinstance(value, Pose) else None
+            if raw is None or len(raw) == 1:
+                single = value if isinstance(value, sapien.Pose) else value.sp
+                for body in bodies:
+                    body.pose = single
+                return
+            for body, row in zip(bodies, raw, strict=True):
                 body.pose = sapien.Pose(row[:3], row[3:])
 
         return Patch(owner, "pose", property(get, put))
@@ -51,11 +70,17 @@ def _drive_targets() -> Patch:
         if self.scene.gpu_sim_enabled or not plain(targets):
             original(self, targets, joints, joint_indices)
             return
-        row = targets.numpy()[0]
-        for i, joint in enumerate(joints):
-            joint._objs[0].drive_target = row[i : i + 1]
+        values = targets.numpy()
+        for row in active(self.scene):
+            for i, joint in enumerate(joints):
+                joint._objs[row].drive_target = values[row, i : i + 1]
 
     return Patch(Articulation, "set_joint_drive_targets", set_joint_drive_targets)
+
+
+def active(scene: Any) -> list[int]:
+    """The environments of a CPU scene that are being stepped."""
+    return getattr(scene.px, "active", [0])
 
 
 def _impulses() -> Patch:
@@ -64,12 +89,9 @@ def _impulses() -> Patch:
 
     original = ManiSkillScene.get_pairwise_contact_impulses
 
-    def get_pairwise_contact_impulses(self: Any, obj1: Any, obj2: Any) -> Any:
-        if self.gpu_sim_enabled:
-            return original(self, obj1, obj2)
-        entity1, entity2 = obj1._bodies[0].entity, obj2._bodies[0].entity
+    def between(system: Any, entity1: Any, entity2: Any) -> np.ndarray:
         total = np.zeros(3)
-        for contact in self.px.get_contacts():
+        for contact in system.get_contacts():
             body0, body1 = contact.bodies
             first, second = body0.entity, body1.entity
             if first == entity1 and second == entity2:
@@ -79,7 +101,15 @@ def _impulses() -> Patch:
             else:
                 continue
             total += np.sum([point.impulse for point in contact.points], axis=0) * sign
-        return torch.from_numpy(total[None].astype(np.float32))
+        return total
+
+    def get_pairwise_contact_impulses(self: Any, obj1: Any, obj2: Any) -> Any:
+        if self.gpu_sim_enabled:
+            return original(self, obj1, obj2)
+        systems = getattr(self.px, "systems", [self.px])
+        rows = zip(systems, obj1._bodies, obj2._bodies, strict=True)
+        impulses = [between(system, body1.entity, body2.entity) for system, body1, body2 in rows]
+        return torch.from_numpy(np.array(impulses).astype(np.float32))
 
     return Patch(ManiSkillScene, "get_pairwise_contact_impulses", get_pairwise_contact_impulses)
 
@@ -95,8 +125,8 @@ def _grasping() -> Patch:
         if min_force > 0 and not self.scene.gpu_sim_enabled:
             for finger in (self.finger1_link, self.finger2_link):
                 impulse = self.scene.get_pairwise_contact_impulses(finger, object).numpy()
-                if len(impulse) == 1 and not impulse.any():
-                    return torch.zeros(1, dtype=torch.bool)
+                if not impulse.any():
+                    return torch.zeros(len(impulse), dtype=torch.bool)
         return original(self, object, min_force, max_angle)
 
     return Patch(Panda, "is_grasping", is_grasping)

@@ -66,11 +66,10 @@ def test_wrong_configuration(wrong: dict[str, Any], says: str) -> None:
         ({"task": "PickSingleYCB-v1"}, "download_asset PickSingleYCB-v1"),  # assets that the registry lists
         ({"task": "PickCubeWidowXAI-v1"}, "download_asset widowxai"),  # a robot that it does not list
         ({"task": "TwoRobotPickCube-v1"}, "Dict action space"),
-        ({"task": "Empty-v1", "reward": "none"}, "set max_steps"),
     ],
 )
 def test_what_cannot_run_is_a_user_error_and_never_a_question(
-    wrong: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    wrong: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mani_skill.utils import assets
 
@@ -207,12 +206,11 @@ def test_demonstrator_solves_its_task(pick: ManiSkillEnvironment) -> None:
     for seed in range(8):
         pick.reset(InitialState(0, seed))
         script.reset(np.array([0]))
-        for step in range(1, 51):
+        for _ in range(25):
             _, terminated, _, success = pick.step(script.actions(pick.observe()["state"][None])[0])
             if terminated:
                 break
         assert success, seed
-        assert step <= 25
 
 
 def test_demonstrator_rows_do_not_mix() -> None:
