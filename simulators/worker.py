@@ -23,6 +23,8 @@ from enum import IntEnum
 from typing import Any
 
 from embodied_rl.errors import UserError
+from embodied_rl.simulators.base import BatchedEnvironment, Environment
+from embodied_rl.simulators.batched_rows import BatchedRows
 from embodied_rl.simulators.rows import Rows
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, TaskSpec
 
@@ -169,7 +171,7 @@ def main(connection: int, memory: int, epoch: int, parent: int) -> None:
 
 
 def _serve(channel: Channel, memory: int) -> None:
-    rows = Rows([], 0, memory)
+    rows: Rows | BatchedRows = Rows([], 0, memory)
     while (message := channel.receive(None)).kind is not Kind.CLOSE:
         payload = b""
         try:
@@ -192,7 +194,7 @@ def _serve(channel: Channel, memory: int) -> None:
     rows.close()
 
 
-def _build(memory: int, order: dict[str, Any]) -> tuple[Rows, bytes]:
+def _build(memory: int, order: dict[str, Any]) -> tuple[Rows | BatchedRows, bytes]:
     """Construct the environments of `order` = {"target", "kwargs", "count", "first", "path"}."""
     sys.path[:] = order["path"] + [entry for entry in sys.path if entry not in order["path"]]
     module, _, name = order["target"].partition(":")
@@ -200,7 +202,11 @@ def _build(memory: int, order: dict[str, Any]) -> tuple[Rows, bytes]:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"'{order['target']}' cannot be loaded with {sys.executable}: {error}") from error
-    environments = [make(**order["kwargs"]) for _ in range(order["count"])]
-    rows = Rows(environments, order["first"], memory)
-    first = environments[0]
+    if isinstance(make, type) and issubclass(make, BatchedEnvironment):
+        first: Environment | BatchedEnvironment = make(num_envs=order["count"], **order["kwargs"])
+        rows: Rows | BatchedRows = BatchedRows(first, order["first"], memory)
+    else:
+        environments = [make(**order["kwargs"]) for _ in range(order["count"])]
+        rows = Rows(environments, order["first"], memory)
+        first = environments[0]
     return rows, Specs(first.observation_spec, first.action_spec, tuple(first.tasks)).to_json()

@@ -48,7 +48,8 @@ class WorkerSimulator(Simulator):
         start_timeout: float = 300.0,
         max_deaths: int = 3,
     ) -> None:
-        """`target` is the "module:class" of an `Environment`, constructed with `kwargs` (plain JSON values).
+        """`target` is the "module:class" of an `Environment`, constructed with `kwargs` (plain JSON values), or of a
+        `BatchedEnvironment`, of which each worker constructs one with `num_envs` besides.
 
         `python` is another interpreter that has the simulator and numpy; its modules are looked up in `python_path` and
         its own path, those of the default interpreter also wherever this process finds its modules. What workers print

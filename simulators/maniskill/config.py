@@ -51,10 +51,10 @@ class ManiSkillConfig:
 
     @property
     def environment(self) -> tuple[str, dict[str, Any]]:
-        """("module:class", JSON-able keyword arguments): how a worker constructs one environment."""
+        """("module:class", JSON-able keyword arguments): how a worker constructs its environments, all at once."""
         skip = ("num_envs", "workers", "backend")
         kwargs = {name: value for name, value in asdict(self).items() if name not in skip}
-        return "embodied_rl.simulators.maniskill.environment:ManiSkillEnvironment", kwargs
+        return "embodied_rl.simulators.maniskill.rows:ManiSkillRows", kwargs
 
     @property
     def num_tasks(self) -> int:

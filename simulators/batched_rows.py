@@ -1,0 +1,97 @@
+"""The rows of one worker when its environments are stepped together: `Rows` over a `BatchedEnvironment`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from embodied_rl.simulators.base import BatchedEnvironment
+from embodied_rl.simulators.chunk import Frame, initial_state, write_frame
+from embodied_rl.simulators.rows import Block
+from embodied_rl.simulators.shared_arrays import map_arrays
+
+
+class BatchedRows:
+    """Runs `environment` as the rows first, first + 1, ... of the simulator whose arrays are in `memory`."""
+
+    def __init__(self, environment: BatchedEnvironment, first: int, memory: int) -> None:
+        self._environment = environment
+        self._first = first
+        self._memory = memory
+        self._mine = slice(first, first + environment.num_envs)
+        self._block: Block | None = None
+
+    def map(self, where: dict[str, Any]) -> None:
+        """Use the arrays described by {"start", "fields"} from now on."""
+        self._block = Block(map_arrays(self._memory, where["start"], where["fields"]))
+
+    def reset(self, buffer: int) -> None:
+        """Reset the rows that `run` and observe them into `buffer`; other rows keep their last observation."""
+        block = self._mapped()
+        run = block.run[self._mine]
+        self._keep(block.frames[buffer], block.frames[1 - buffer], ~run)
+        self._restart(block.frames[buffer], run)
+
+    def chunk(self, buffer: int, chunk: int, every: bool) -> None:
+        """Run a chunk in the rows that `run`, reset those that ended to `states`, and observe into `buffer`."""
+        block = self._mapped()
+        frame = block.frames[buffer]
+        # A copy: an environment may keep or change what it is given.
+        actions = block.actions[self._mine, :chunk].copy()
+        steps = block.steps[buffer][self._mine, :chunk]
+        steps.clear()
+        run = block.run[self._mine].copy()
+        live = run.copy()
+        hold = np.asarray(self._environment.action_spec.hold, np.float32)
+        before: Frame = block.frames[1 - buffer]
+        for k in range(chunk):
+            ended = np.zeros_like(live)
+            if live.any():
+                todo = np.where(live[:, None], actions[:, k], hold)
+                reward, terminated, truncated, success = self._environment.step(todo)
+                steps.valid[:, k] = live
+                steps.reward[:, k] = np.where(live, reward, 0)
+                steps.terminated[:, k] = live & terminated
+                steps.truncated[:, k] = live & truncated & ~np.asarray(terminated)
+                steps.success[:, k] = False if success is None else live & success
+                ended = steps.terminated[:, k] | steps.truncated[:, k]
+                # Taken before anything moves the rows that ended.
+                self._observe(block.final, ended)
+            if every:
+                current = {name: array[k] for name, array in block.every.items()}
+                self._observe(current, live)
+                self._keep(current, before, ~live)
+                before = current
+            live &= ~ended
+        ended = run & ~live
+        again = ended & (block.states[self._mine, 0] >= 0)
+        self._keep(frame, block.frames[1 - buffer], ~run)
+        self._keep(frame, block.final, ended & ~again)
+        self._observe(frame, live)
+        self._restart(frame, again)
+
+    def close(self) -> None:
+        self._environment.close()
+
+    def _restart(self, frame: Frame, which: np.ndarray) -> None:
+        rows = np.flatnonzero(which)
+        if len(rows):
+            states = [initial_state(state) for state in self._mapped().states[self._first + rows]]
+            self._environment.reset(rows, states)
+            self._observe(frame, which)
+
+    def _observe(self, frame: Frame, which: np.ndarray) -> None:
+        rows = np.flatnonzero(which)
+        if len(rows):
+            write_frame(frame, self._first + rows, self._environment.observe(rows))
+
+    def _keep(self, target: Frame, source: Frame, which: np.ndarray) -> None:
+        rows = self._first + np.flatnonzero(which)
+        for name, array in target.items():
+            array[rows] = source[name][rows]
+
+    def _mapped(self) -> Block:
+        if self._block is None:
+            raise RuntimeError("no arrays mapped yet")
+        return self._block
