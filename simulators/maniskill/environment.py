@@ -96,10 +96,10 @@ class ManiSkillEnvironment(Environment):
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators that ManiSkill and its tasks draw from."""
+    """Seed the global CPU generators that ManiSkill and its tasks draw from."""
     import torch
 
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also visits every accelerator, which takes longer
     np.random.seed(seed)  # noqa: NPY002 - the generator ManiSkill's tasks draw from
     random.seed(seed)
 
@@ -123,10 +123,12 @@ def make(
 ) -> Any:
     """ManiSkill's bare environment, without wrappers: no time limit and no automatic reset."""
     render = observation != "state"
-    if render:
-        os.environ.update(vulkan.environment())
-    else:
+    if not render:
         headless.install()
+    elif headless.installed():
+        raise UserError("this process runs ManiSkill without a renderer; images need a process of their own")
+    else:
+        os.environ.update(vulkan.environment())  # before SAPIEN loads Vulkan, which it does when first asked to render
     if render and not headless.can_render():
         raise UserError(
             f"ManiSkill images (observation '{observation}') need a Vulkan device, and SAPIEN finds none: install a "

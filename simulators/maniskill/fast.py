@@ -5,11 +5,11 @@ where an operation costs what its dispatch costs. Replacing torch by numpy insid
 quaternions, controllers, contacts) removes most of that, for every task alike; what a task computes itself stays
 untouched.
 
-Why the numbers are the same: addition, subtraction, multiplication, division and square root of float32 are correctly
-rounded in both libraries, and every function here does them in the original's order. Reductions (sums, norms, dot
-products) and transcendental functions are left to torch, whose order and rounding are its own. Each rewritten function
-is compared with its original on random inputs before it is used, and one that differs anywhere on this machine stays as
-it was.
+Why the numbers are the same: addition, subtraction, multiplication and division of float32 are correctly rounded in
+both libraries, and every function here does them in the original's order. Reductions (sums, norms, dot products),
+square roots and transcendental functions are left to torch, whose order and rounding are its own. Each rewritten
+function is compared with its original on random inputs before it is used, and one that differs anywhere on this machine
+stays as it was.
 
 The patches act on ManiSkill's classes and modules, hence on a whole process: `install` once, `disabled()` for a while.
 """
@@ -20,7 +20,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-from embodied_rl.simulators.maniskill import fast_controllers, fast_math, fast_rows, fast_scene
+from embodied_rl.simulators.maniskill import fast_angles, fast_controllers, fast_math, fast_rows, fast_scene
 from embodied_rl.simulators.maniskill.patch import Patches
 
 _patches: Patches | None = None
@@ -36,7 +36,7 @@ def install() -> list[str]:
     if _patches is None:
         import mani_skill.envs  # noqa: F401 - so that every module that holds a patched name is loaded
 
-        parts = (fast_math, fast_scene, fast_controllers, fast_rows)
+        parts = (fast_math, fast_angles, fast_scene, fast_controllers, fast_rows)
         _patches = Patches([patch for part in parts for patch in part.patches()])
         _patches.on()
         gc.collect()

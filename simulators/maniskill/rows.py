@@ -85,9 +85,12 @@ class SideBySide(BatchedEnvironment):
         env._elapsed_steps[row] = 0
         env._clear_sim_state()
         env.agent.reset()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        generator = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        # Tasks initialise under `with torch.device(...)`, which intercepts every call only to name the CPU once more.
+        with torch._C.DisableTorchFunction():
             env._initialize_episode(index, {})
+        torch.set_rng_state(generator)
         env.agent.controller.reset()
         env.scene._reset_mask = torch.ones(self.num_envs, dtype=torch.bool)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from embodied_rl.errors import UserError
+from embodied_rl.simulators import vulkan
 from embodied_rl.simulators.base import InitialState
 from embodied_rl.simulators.maniskill import headless, tasks
 from embodied_rl.simulators.maniskill.batched import ManiSkillBatchedEnvironment
@@ -18,6 +19,7 @@ from embodied_rl.simulators.maniskill.config import ManiSkillConfig
 from embodied_rl.simulators.maniskill.config import tasks as registered
 from embodied_rl.simulators.maniskill.demonstrator import CARRY, ScriptedPickCube, pick_cube
 from embodied_rl.simulators.maniskill.environment import ManiSkillEnvironment
+from embodied_rl.simulators.maniskill.rows import ManiSkillRows
 
 pytest.importorskip("mani_skill")
 
@@ -37,8 +39,8 @@ def test_configuration_imports_no_simulator() -> None:
 
 def test_configuration_names_its_environment() -> None:
     target, kwargs = ManiSkillConfig("PushCube-v1", reward="dense", max_steps=7).environment
-    assert target == f"{ManiSkillEnvironment.__module__}:{ManiSkillEnvironment.__name__}"
-    env = ManiSkillEnvironment(**kwargs)
+    assert target == f"{ManiSkillRows.__module__}:{ManiSkillRows.__name__}"
+    env = ManiSkillRows(num_envs=1, **kwargs)
     assert env.tasks[0].max_steps == 7
     assert env.tasks[0].reward == "dense"
 
@@ -90,10 +92,49 @@ def test_gpu_without_cuda_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> No
         ManiSkillBatchedEnvironment("PickCube-v1", num_envs=4)
 
 
-def test_images_without_a_renderer_are_a_user_error() -> None:
-    headless.install()
-    with pytest.raises(UserError, match="need a Vulkan device"):
+def test_images_without_a_renderer_are_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headless, "installed", lambda: False)
+    monkeypatch.setattr(headless, "can_render", lambda: False)
+    with pytest.raises(UserError, match=f"{vulkan.SETUP}, or use observation 'state'"):
         ManiSkillEnvironment("PickCube-v1", observation="rgb")
+
+
+def test_images_need_a_process_that_can_render(pick: ManiSkillEnvironment) -> None:
+    with pytest.raises(UserError, match="process of their own"):
+        ManiSkillEnvironment("PickCube-v1", observation="rgb")
+
+
+RENDER = """
+import numpy as np
+from embodied_rl.simulators import vulkan
+from embodied_rl.simulators.base import InitialState
+from embodied_rl.simulators.maniskill.environment import ManiSkillEnvironment
+
+for observation, size in (("rgb", 29), ("state+rgb", 42)):
+    env = ManiSkillEnvironment("PickCube-v1", observation=observation, image_size=64)
+    camera = env.observation_spec.cameras["base_camera"]
+    assert (env.observation_spec.state, camera.height, camera.width) == (size, 64, 64)
+    env.reset(InitialState(0, 1))
+    first = env.observe()
+    assert {k: (v.shape, v.dtype.name) for k, v in first.items()} == {
+        "state": ((size,), "float32"), "image.base_camera": ((64, 64, 3), "uint8")
+    }
+    assert first["image.base_camera"].std() > 10
+    for _ in range(3):
+        env.step(np.ones(env.action_spec.dim, np.float32))
+    assert (env.observe()["image.base_camera"] != first["image.base_camera"]).any()
+    env.reset(InitialState(0, 1))
+    assert (env.observe()["image.base_camera"] == first["image.base_camera"]).all()
+print("rendered")
+"""
+
+
+@pytest.mark.slow
+def test_images_where_there_is_a_renderer() -> None:
+    if reason := vulkan.problem():
+        pytest.skip(reason)
+    child = subprocess.run([sys.executable, "-c", RENDER], capture_output=True, text=True, timeout=110, check=False)
+    assert child.stdout.endswith("rendered\n"), child.stderr
 
 
 def test_specs(pick: ManiSkillEnvironment) -> None:
