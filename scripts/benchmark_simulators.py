@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import multiprocessing.pool
 import os
 import statistics
 import time
@@ -26,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # on both sides: one thread per p
 
 import numpy as np
 
-from embodied_rl.simulators.base import InitialState
+from embodied_rl.simulators.base import InitialState, Simulator
 from embodied_rl.simulators.maniskill.config import ManiSkillConfig
 
 TASKS = ("PickCube-v1", "PushCube-v1", "StackCube-v1", "PegInsertionSide-v1")
@@ -81,32 +82,31 @@ def reference(make: PlainEnvironment, seed: int, actions: np.ndarray) -> list[tu
     return rows
 
 
-def difference(config: ManiSkillConfig, make: PlainEnvironment, steps: int) -> float:
+def difference(simulator: Simulator, make: PlainEnvironment, steps: int, pool: multiprocessing.pool.Pool) -> float:
     """The largest absolute difference over `steps` steps in every environment; infinity when the episodes differ."""
-    with config.build(Seeds()) as simulator:
-        count, dim = simulator.num_envs, simulator.action_spec.dim
-        random = np.random.default_rng(0)
-        shape = (count, steps // CHUNK, CHUNK, dim)
-        actions = random.uniform(simulator.action_spec.low, simulator.action_spec.high, shape).astype(np.float32)
-        tickets = 1000 * np.arange(count, dtype=np.int64)
-        simulator.reset(tickets=tickets)
-        ours: list[list[tuple[Any, ...]]] = [[] for _ in range(count)]
-        for c in range(actions.shape[1]):
-            result = simulator.step(actions[:, c], observe="all", next_tickets=tickets + 1)
-            states = [each.state for each in result.intermediate or []]
-            for n, k in np.argwhere(result.valid):
-                success = False if result.success is None else bool(result.success[n, k])
-                ended = (bool(result.terminated[n, k]), bool(result.truncated[n, k]))
-                ours[n].append((states[k][n].copy(), float(result.reward[n, k]), *ended, success))
-            tickets = np.where(result.tickets != tickets, tickets + 1, tickets)
+    count, dim = simulator.num_envs, simulator.action_spec.dim
+    random = np.random.default_rng(0)
+    shape = (count, steps // CHUNK, CHUNK, dim)
+    actions = random.uniform(simulator.action_spec.low, simulator.action_spec.high, shape).astype(np.float32)
+    tickets = 1000 * np.arange(count, dtype=np.int64)
+    theirs = [pool.apply_async(reference, (make, int(tickets[n]), actions[n])) for n in range(count)]
+    simulator.reset(tickets=tickets)
+    ours: list[list[tuple[Any, ...]]] = [[] for _ in range(count)]
+    for c in range(actions.shape[1]):
+        result = simulator.step(actions[:, c], observe="all", next_tickets=tickets + 1)
+        states = [each.state for each in result.intermediate or []]
+        for n, k in np.argwhere(result.valid):
+            success = False if result.success is None else bool(result.success[n, k])
+            ended = (bool(result.terminated[n, k]), bool(result.truncated[n, k]))
+            ours[n].append((states[k][n].copy(), float(result.reward[n, k]), *ended, success))
+        tickets = result.tickets
     worst = 0.0
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        for n in range(count):
-            theirs = pool.apply(reference, (make, 1000 * n, actions[n]))
-            if [row[2:] for row in theirs] != [row[2:] for row in ours[n]]:
-                return float("inf")
-            for a, b in zip(ours[n], theirs, strict=True):
-                worst = max(worst, float(np.abs(a[0] - b[0]).max()), abs(a[1] - b[1]))
+    for mine, pending in zip(ours, theirs, strict=True):
+        rows = pending.get(timeout=600)
+        if [row[2:] for row in rows] != [row[2:] for row in mine]:
+            return float("inf")
+        for a, b in zip(mine, rows, strict=True):
+            worst = max(worst, float(np.abs(a[0] - b[0]).max()), abs(a[1] - b[1]))
     return worst
 
 
@@ -129,14 +129,17 @@ def children() -> set[int]:
     return found
 
 
-def speeds(config: ManiSkillConfig, make: PlainEnvironment, rounds: int, seconds: float) -> tuple[list[float], ...]:
-    """(ours, theirs): environment steps per second in each round, the sides alternating, and (ours, theirs) peak
-    memory per worker, MB."""
+def measure(
+    config: ManiSkillConfig, make: PlainEnvironment, rounds: int, seconds: float, pool: multiprocessing.pool.Pool
+) -> tuple[float, list[float], list[float], float, float]:
+    """(difference, ours and theirs: environment steps per second in each round, the sides alternating, ours and theirs:
+    peak memory of a worker in MB)."""
     from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
     before = children()
     simulator = config.build(Seeds())
     workers = children() - before
+    off = difference(simulator, make, 200, pool)
     # Spawned: a child that was forked would inherit whatever this process has patched or imported.
     vector = AsyncVectorEnv([make] * config.workers, context="spawn", autoreset_mode=AutoresetMode.SAME_STEP)
     random = np.random.default_rng(0)
@@ -164,16 +167,17 @@ def speeds(config: ManiSkillConfig, make: PlainEnvironment, rounds: int, seconds
 
     simulator.reset(tickets=np.arange(config.num_envs))
     vector.reset(seed=list(range(config.workers)))
-    run_ours(seconds / 2), run_theirs(seconds / 2)
+    run_ours(seconds / 2)
+    run_theirs(seconds / 2)
     ours, theirs = [], []
     for _ in range(rounds):
         ours.append(run_ours(seconds))
         theirs.append(run_theirs(seconds))
-    memory_ours = [peak_memory(pid) for pid in workers]
-    memory_theirs = [peak_memory(process.pid) for process in vector.processes]
+    memory_ours = max(peak_memory(pid) for pid in workers)
+    memory_theirs = max(peak_memory(process.pid or 0) for process in vector.processes)
     vector.close()
     simulator.close()
-    return ours, theirs, memory_ours, memory_theirs
+    return off, ours, theirs, memory_ours, memory_theirs
 
 
 def main() -> None:
@@ -191,22 +195,21 @@ def main() -> None:
     ratios: dict[str, float] = {}
     worst = 0.0
     print(f"{'task':22} {'ours':>8} {'theirs':>8}  steps/s   ratio (min-max)    difference  peak MB per worker")
-    for task in options.tasks:
-        make = PlainEnvironment(task, options.control)
-        num_envs = options.workers * options.envs_per_worker
-        config = ManiSkillConfig(task, options.control, reward=REWARD, num_envs=num_envs, workers=options.workers)
-        small = ManiSkillConfig(task, options.control, reward=REWARD, num_envs=3, workers=1)
-        off = difference(small, make, steps=200)
-        ours, theirs, memory_ours, memory_theirs = speeds(config, make, rounds, seconds)
-        each = [a / b for a, b in zip(ours, theirs, strict=True)]
-        ratios[task] = round(statistics.median(each), 3)
-        worst = max(worst, off)
-        print(
-            f"{task:22} {statistics.median(ours):8.0f} {statistics.median(theirs):8.0f}  {'':7}"
-            f"{ratios[task]:7.2f} ({min(each):.2f}-{max(each):.2f})  {off:10.1e}"
-            f"  {max(memory_ours):.0f} ({options.envs_per_worker} envs), {max(memory_theirs):.0f} (1 env)",
-            flush=True,
-        )
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for task in options.tasks:
+            make = PlainEnvironment(task, options.control)
+            num_envs = options.workers * options.envs_per_worker
+            config = ManiSkillConfig(task, options.control, reward=REWARD, num_envs=num_envs, workers=options.workers)
+            off, ours, theirs, memory_ours, memory_theirs = measure(config, make, rounds, seconds, pool)
+            each = [a / b for a, b in zip(ours, theirs, strict=True)]
+            ratios[task] = round(statistics.median(each), 3)
+            worst = max(worst, off)
+            print(
+                f"{task:22} {statistics.median(ours):8.0f} {statistics.median(theirs):8.0f}  {'':7}"
+                f"{ratios[task]:7.2f} ({min(each):.2f}-{max(each):.2f})  {off:10.1e}"
+                f"  {memory_ours:.0f} ({options.envs_per_worker} envs), {memory_theirs:.0f} (1 env)",
+                flush=True,
+            )
     summary: dict[str, Any] = dict(ratios)
     summary["geometric_mean"] = round(statistics.geometric_mean(ratios.values()), 3)
     summary["max_difference"] = worst

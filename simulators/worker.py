@@ -20,10 +20,10 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 from embodied_rl.errors import UserError
-from embodied_rl.simulators.base import BatchedEnvironment, Environment
+from embodied_rl.simulators.base import BatchedEnvironment
 from embodied_rl.simulators.batched_rows import BatchedRows
 from embodied_rl.simulators.rows import Rows
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, TaskSpec
@@ -202,9 +202,11 @@ def _build(memory: int, order: dict[str, Any]) -> tuple[Rows | BatchedRows, byte
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"'{order['target']}' cannot be loaded with {sys.executable}: {error}") from error
+    rows: Rows | BatchedRows
+    first: Any
     if isinstance(make, type) and issubclass(make, BatchedEnvironment):
-        first: Environment | BatchedEnvironment = make(num_envs=order["count"], **order["kwargs"])
-        rows: Rows | BatchedRows = BatchedRows(first, order["first"], memory)
+        first = cast("Any", make)(num_envs=order["count"], **order["kwargs"])
+        rows = BatchedRows(first, order["first"], memory)
     else:
         environments = [make(**order["kwargs"]) for _ in range(order["count"])]
         rows = Rows(environments, order["first"], memory)

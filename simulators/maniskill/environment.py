@@ -108,8 +108,8 @@ def generator_states() -> tuple[Any, ...]:
     """The states of those generators, comparable."""
     import torch
 
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return bytes(torch.get_rng_state().numpy()), name, keys.tobytes(), *rest, random.getstate()
+    numpys = np.random.get_state()  # noqa: NPY002
+    return bytes(torch.get_rng_state().numpy()), repr([np.asarray(x).tobytes() for x in numpys]), random.getstate()
 
 
 def make(

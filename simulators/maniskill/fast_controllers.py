@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from embodied_rl.simulators.maniskill.fast_math import array, plain
+from embodied_rl.simulators.maniskill.fast_math import array, plain, to_sapien
 from embodied_rl.simulators.maniskill.fast_scene import active
 from embodied_rl.simulators.maniskill.patch import Patch
 
@@ -113,7 +113,6 @@ def _end_effector() -> Patch:
 
 
 def _inverse_kinematics() -> Patch:
-    import sapien
     import torch
     from mani_skill.agents.controllers.utils.kinematics import Kinematics
     from mani_skill.utils.structs.pose import Pose
@@ -121,18 +120,19 @@ def _inverse_kinematics() -> Patch:
     original = Kinematics.compute_ik
 
     def compute_ik(self: Any, pose: Any, q0: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.use_gpu_ik or not isinstance(pose, Pose) or array(pose) is None:
+        targets = array(pose) if isinstance(pose, Pose) and not self.use_gpu_ik else None
+        if targets is None:
             return original(self, pose, q0, *args, **kwargs)
         joints = _cached(self, "_fast_joints", self.pmodel_active_joint_indices, _indices)
         controlled = _cached(self, "_fast_controlled", self.pmodel_controlled_joint_indices, _indices)
         mask = _cached(self, "_fast_mask", self.qmask, lambda mask: mask.numpy())
-        start, targets = q0.numpy(), array(pose)
+        start = q0.numpy()
         own = _cached(self, "_fast_own", self.active_joint_indices, _indices)
         out = start[:, own]
         for row in active(self.articulation.scene):
             result, success, _ = self.pmodel.compute_inverse_kinematics(
                 self.end_link_idx,
-                sapien.Pose(targets[row, :3], targets[row, 3:]),
+                to_sapien(targets[row]),
                 initial_qpos=start[row, joints],
                 active_qmask=mask,
                 max_iterations=100,

@@ -102,6 +102,13 @@ def pose(raw: np.ndarray) -> Any:
     return made
 
 
+def to_sapien(row: Any) -> Any:
+    """The `sapien.Pose` of one row [7]."""
+    import sapien
+
+    return sapien.Pose(row[:3], row[3:])
+
+
 def from_sapien(*poses: Any) -> np.ndarray:
     """float32 [N,7] of `sapien.Pose`s (their state is the tuple of position and quaternion)."""
     return np.array([p.__getstate__() for p in poses], np.float32)
@@ -190,7 +197,7 @@ def _methods() -> list[Patch]:
 
     def get_sp(self: Any) -> Any:
         a = array(self)
-        return original["sp"].fget(self) if a is None or len(a) != 1 else sapien.Pose(a[0, :3], a[0, 3:])
+        return original["sp"].fget(self) if a is None or len(a) != 1 else to_sapien(a[0])
 
     def create(cls: type, source: Any, device: Any = None) -> Any:
         if cls is Pose and _on_cpu(device):

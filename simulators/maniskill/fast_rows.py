@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def _scenes() -> Patch:
             device=self.device,
             backend=self.backend,
         )
-        self.scene.px = Systems(systems)
+        self.scene.px = cast("Any", Systems(systems))
         self.scene.px.timestep = 1.0 / self._sim_freq
 
     return Patch(base, "_setup_scene", setup_scene)
@@ -153,23 +153,24 @@ def _first_only() -> list[Patch]:
     from mani_skill.utils.structs.base import PhysxRigidBodyComponentStruct
 
     def refusing(owner: type, name: str) -> Patch:
-        original = vars(owner)[name]
+        original: Any = vars(owner)[name]
+        read, write = getattr(original, "fget", None), getattr(original, "fset", None)
 
         def check(self: Any) -> None:
             if not self.scene.gpu_sim_enabled and self.scene.num_envs > 1:
                 raise NotImplementedError(f"{owner.__name__}.{name} of several CPU scenes")
 
-        if isinstance(original, property):
+        if read is not None:
 
             def get(self: Any) -> Any:
                 check(self)
-                return original.fget(self)
+                return read(self)
 
             def put(self: Any, value: Any) -> None:
                 check(self)
-                original.fset(self, value)
+                cast("Any", write)(self, value)
 
-            return Patch(owner, name, property(get, put if original.fset else None))
+            return Patch(owner, name, property(get, put if write else None))
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             check(self)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from embodied_rl.simulators.maniskill.fast_math import array, from_sapien, plain, pose
+from embodied_rl.simulators.maniskill.fast_math import array, from_sapien, plain, pose, to_sapien
 from embodied_rl.simulators.maniskill.patch import Patch, same
 
 
@@ -54,7 +54,7 @@ def _poses() -> list[Patch]:
                     body.pose = single
                 return
             for body, row in zip(bodies, raw, strict=True):
-                body.pose = sapien.Pose(row[:3], row[3:])
+                body.pose = to_sapien(row)
 
         return Patch(owner, "pose", property(get, put))
 
@@ -120,7 +120,7 @@ def _grasping() -> Patch:
 
     original = Panda.is_grasping
 
-    def is_grasping(self: Any, object: Any, min_force: float = 0.5, max_angle: float = 85) -> Any:
+    def is_grasping(self: Any, object: Any, min_force: float = 0.5, max_angle: Any = 85) -> Any:
         """Most of the time no finger touches the object; the angles of zero forces need not be computed."""
         if min_force > 0 and not self.scene.gpu_sim_enabled:
             for finger in (self.finger1_link, self.finger2_link):

@@ -30,10 +30,11 @@ class SideBySide(BatchedEnvironment):
             )
         self._steps = np.zeros(num_envs, np.int64)
         self._live = np.ones(num_envs, bool)
-        self._info: dict[str, Any] | None = self.env.get_info()
+        info = self.env.get_info()
+        self._info: dict[str, Any] | None = info
         self.observation_spec = single.observation_spec(self.env, "state", 0)
         self.action_spec = single.action_spec(self.env)
-        self.tasks = (single.task_spec(self.env, task, self.max_steps, reward, self._info),)
+        self.tasks = (single.task_spec(self.env, task, self.max_steps, reward, info),)
 
     def reset(self, rows: np.ndarray, states: list[InitialState]) -> None:
         for row, state in zip(rows, states, strict=True):
@@ -164,7 +165,7 @@ def _side_by_side(num_envs: int, kwargs: dict[str, Any]) -> SideBySide | None:
     rows = None
     try:
         if alone.env.reconfiguration_freq == 0:  # a task that builds a new scene at every reset cannot do so for a row
-            arguments = {name: kwargs.get(name) for name in ("task", "control_mode", "max_steps")}
+            arguments: dict[str, Any] = {name: kwargs.get(name) for name in ("task", "control_mode", "max_steps")}
             rows = SideBySide(num_envs=num_envs, reward=kwargs.get("reward", "sparse"), **arguments)
             if agrees(rows, alone):
                 return rows

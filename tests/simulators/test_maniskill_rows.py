@@ -54,8 +54,8 @@ def test_rows_equal_single_environments(task: str, control: str | None, reward: 
         for step, action in enumerate(actions):
             if step in (4, 9) and step % 2 == row:
                 alone.reset(InitialState(0, step))
-            reward, terminated, truncated, success = alone.step(action[row])
-            ours = (alone.observe()["state"].tobytes(), np.float32(reward).item(), terminated, truncated, success)
+            earned, terminated, truncated, success = alone.step(action[row])
+            ours = (alone.observe()["state"].tobytes(), np.float32(earned).item(), terminated, truncated, success)
             assert ours == seen[row][step], (row, step)
             if terminated or truncated:
                 break
