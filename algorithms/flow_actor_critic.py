@@ -52,6 +52,10 @@ class FlowActorCriticConfig:
     """The anchor is drawn from this many most recent chunks of successful episodes ..."""
     anchor_minimum: int = 1500
     """... once there are this many, before that from demonstrations."""
+    actor_batch_size: int = 128
+    """Of the `batch_size` decisions, those whose Q the actor follows: its gradient runs through every denoising step."""
+    actor_warmup_updates: int = 500
+    """First actor updates, whose learning rate rises linearly: the critic has seen little yet."""
     critic_warmup_updates: int = 1500
     """First updates, which leave the actor alone."""
     max_grad_norm: float = 1.0
@@ -157,6 +161,8 @@ class FlowActorCritic(OffPolicyAlgorithm):
         return metrics
 
     def _update_actor(self, inputs: dict[str, Tensor], features: Tensor, anchor: Any) -> dict[str, Tensor]:
+        rows = self.config.actor_batch_size
+        inputs, features = {name: column[:rows] for name, column in inputs.items()}, features[:rows]
         q = self.critic(self._critic_input(features, self.policy.sample(inputs))).mean(dim=0)
         loss = -self.config.q_weight * (q / q.detach().std().clamp(min=1e-6)).mean()
         metrics = {}
@@ -164,8 +170,16 @@ class FlowActorCritic(OffPolicyAlgorithm):
             flow_loss = mean_imitation_loss(self.policy, anchor)
             loss = loss + self.config.flow_weight * flow_loss
             metrics["flow_loss"] = flow_loss.detach()
+        for group in self.actor_optimizer.param_groups:
+            group["lr"] = self.actor_learning_rate()
         norm = step(loss, self.actor_optimizer, self.config.max_grad_norm)
         return metrics | {"actor_loss": loss.detach(), "actor_grad_norm": norm}
+
+    def actor_learning_rate(self) -> float:
+        """The learning rate of the next actor update."""
+        config = self.config
+        done = (self.updates + 1 - config.critic_warmup_updates) / config.actor_every
+        return config.actor_learning_rate * min(1.0, done / max(config.actor_warmup_updates, 1))
 
     def _critic_input(self, features: Tensor, actions: Tensor, valid: Tensor | None = None) -> Tensor:
         """[B,F+K*A]: features and the executed actions, limited to the action space, scaled to [-1,1]; actions that

@@ -31,7 +31,8 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, observation: Observation) -> Inputs:
-        """Deterministic, once, in the rollout worker. Images stay uint8; no augmentation."""
+        """Deterministic, once, in the rollout worker. Images stay uint8; no augmentation. The result is the policy's
+        own: it does not alias the observation, whose buffers the simulator writes again."""
 
     @abstractmethod
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
