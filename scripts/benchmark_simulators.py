@@ -82,14 +82,16 @@ def reference(make: PlainEnvironment, seed: int, actions: np.ndarray) -> list[tu
     return rows
 
 
-def difference(simulator: Simulator, make: PlainEnvironment, steps: int, pool: multiprocessing.pool.Pool) -> float:
-    """The largest absolute difference over `steps` steps in every environment; infinity when the episodes differ."""
+def difference(
+    simulator: Simulator, make: PlainEnvironment, steps: int, rows: list[int], pool: multiprocessing.pool.Pool
+) -> float:
+    """The largest absolute difference over `steps` steps in the environments `rows`; infinity when episodes differ."""
     count, dim = simulator.num_envs, simulator.action_spec.dim
     random = np.random.default_rng(0)
     shape = (count, steps // CHUNK, CHUNK, dim)
     actions = random.uniform(simulator.action_spec.low, simulator.action_spec.high, shape).astype(np.float32)
     tickets = 1000 * np.arange(count, dtype=np.int64)
-    theirs = [pool.apply_async(reference, (make, int(tickets[n]), actions[n])) for n in range(count)]
+    theirs = [pool.apply_async(reference, (make, int(tickets[n]), actions[n])) for n in rows]
     simulator.reset(tickets=tickets)
     ours: list[list[tuple[Any, ...]]] = [[] for _ in range(count)]
     for c in range(actions.shape[1]):
@@ -101,11 +103,11 @@ def difference(simulator: Simulator, make: PlainEnvironment, steps: int, pool: m
             ours[n].append((states[k][n].copy(), float(result.reward[n, k]), *ended, success))
         tickets = result.tickets
     worst = 0.0
-    for mine, pending in zip(ours, theirs, strict=True):
-        rows = pending.get(timeout=600)
-        if [row[2:] for row in rows] != [row[2:] for row in mine]:
+    for n, pending in zip(rows, theirs, strict=True):
+        plain = pending.get(timeout=600)
+        if [row[2:] for row in plain] != [row[2:] for row in ours[n]]:
             return float("inf")
-        for a, b in zip(mine, rows, strict=True):
+        for a, b in zip(ours[n], plain, strict=True):
             worst = max(worst, float(np.abs(a[0] - b[0]).max()), abs(a[1] - b[1]))
     return worst
 
@@ -130,7 +132,12 @@ def children() -> set[int]:
 
 
 def measure(
-    config: ManiSkillConfig, make: PlainEnvironment, rounds: int, seconds: float, pool: multiprocessing.pool.Pool
+    config: ManiSkillConfig,
+    make: PlainEnvironment,
+    rounds: int,
+    seconds: float,
+    compared: list[int],
+    pool: multiprocessing.pool.Pool,
 ) -> tuple[float, list[float], list[float], float, float]:
     """(difference, ours and theirs: environment steps per second in each round, the sides alternating, ours and theirs:
     peak memory of a worker in MB)."""
@@ -139,7 +146,7 @@ def measure(
     before = children()
     simulator = config.build(Seeds())
     workers = children() - before
-    off = difference(simulator, make, 200, pool)
+    off = difference(simulator, make, 200, compared, pool)
     # Spawned: a child that was forked would inherit whatever this process has patched or imported.
     vector = AsyncVectorEnv([make] * config.workers, context="spawn", autoreset_mode=AutoresetMode.SAME_STEP)
     random = np.random.default_rng(0)
@@ -182,7 +189,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="fewer and shorter rounds")
+    parser.add_argument("--smoke", action="store_true", help="fewer, shorter rounds, fewer compared environments")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--control", default=None, help="control mode; default: the robot's first")
     parser.add_argument("--workers", type=int, default=2, help="processes on either side")
@@ -199,8 +206,9 @@ def main() -> None:
         for task in options.tasks:
             make = PlainEnvironment(task, options.control)
             num_envs = options.workers * options.envs_per_worker
+            compared = [0, num_envs - 1] if options.smoke else list(range(num_envs))
             config = ManiSkillConfig(task, options.control, reward=REWARD, num_envs=num_envs, workers=options.workers)
-            off, ours, theirs, memory_ours, memory_theirs = measure(config, make, rounds, seconds, pool)
+            off, ours, theirs, memory_ours, memory_theirs = measure(config, make, rounds, seconds, compared, pool)
             each = [a / b for a, b in zip(ours, theirs, strict=True)]
             ratios[task] = round(statistics.median(each), 3)
             worst = max(worst, off)

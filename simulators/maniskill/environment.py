@@ -43,6 +43,9 @@ class LazyObservation(Mapping[str, Any]):
 class ManiSkillEnvironment(Environment):
     """One environment; rewards, states and terminations equal those of ManiSkill's `CPUGymWrapper` bit for bit.
 
+    A reset gives the same start for the same seed. What follows is the same too, save in ManiSkill's humanoid tasks
+    (UnitreeG1-*, MS-Humanoid*), whose own reset leaves something of the last episode in the physics.
+
     Raises `UserError` for an unknown task, control or reward mode, missing assets, or images without a renderer.
     """
 
