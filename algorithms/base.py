@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embodied_rl.types import Trajectory
+from embodied_rl.randomness import RowNoise
+from embodied_rl.types import ActionSample, Trajectory
 
 Metrics = dict[str, float]
 
@@ -47,6 +48,10 @@ class OnPolicyAlgorithm(Algorithm):
 
 
 class OffPolicyAlgorithm(Algorithm):
+    def act(self, inputs: dict[str, Tensor], noise: RowNoise) -> ActionSample:
+        """How training episodes act (before exploration noise); evaluation acts by the policy alone."""
+        return self.policy.act(inputs, deterministic=True, noise=noise)
+
     @abstractmethod
     def update(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         """One gradient update from a replay batch; returns detached scalar tensors (no host synchronisation)."""

@@ -23,7 +23,8 @@ from embodied_rl.algorithms.critic import CriticEnsemble, polyak
 from embodied_rl.algorithms.imitation import mean_imitation_loss
 from embodied_rl.algorithms.optimization import adam, seed_policy_draws, step
 from embodied_rl.errors import UserError
-from embodied_rl.types import Observation
+from embodied_rl.randomness import RowNoise
+from embodied_rl.types import ActionSample, Observation
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FlowActorCriticConfig:
     anchor_minimum: int = 1500
     """... once there are this many, before that from demonstrations."""
     actor_batch_size: int = 128
-    """Of the `batch_size` decisions, those whose Q the actor follows: its gradient runs through every denoising step."""
+    """Decisions of a batch whose Q the actor follows; that gradient runs through every denoising step."""
     actor_warmup_updates: int = 500
     """First actor updates, whose learning rate rises linearly: the critic has seen little yet."""
     critic_warmup_updates: int = 1500
@@ -70,6 +71,10 @@ class FlowActorCriticConfig:
     """Environment steps collected before the first update."""
     updates_per_decision: float = 0.25
     """Updates per decision of one environment; the critic's warm-up comes on top, at once."""
+    candidates: int = 1
+    """Chunks that the policy proposes at every training decision; the one the critics value most is executed (rejection
+    sampling, as in IDQL, arXiv 2304.10573). It never leaves what the policy would do, so a young critic can do little
+    harm, and what succeeds joins the anchor."""
     exploration_noise: float = 0.1
     """Standard deviation of the Gaussian noise on executed actions, in units of half the action range."""
 
@@ -134,6 +139,18 @@ class FlowActorCritic(OffPolicyAlgorithm):
         actions, valid = F.pad(data["actions"], (0, 0, 0, missing)), F.pad(data["valid"], (0, missing))
         return {"inputs": data["inputs"], "actions": actions, "valid": valid}
 
+    @torch.no_grad()
+    def act(self, inputs: dict[str, Tensor], noise: RowNoise) -> ActionSample:
+        """The best of `candidates` proposals, once the critics have been trained."""
+        count = self.config.candidates
+        if count == 1 or not self.updates:
+            return super().act(inputs, noise)
+        repeated = {name: column.repeat_interleave(count, dim=0) for name, column in inputs.items()}
+        actions = self.policy.act(repeated, deterministic=True, noise=noise.copies(count)).actions
+        q = self.critic(self._critic_input(self.policy.features(repeated), actions)).amin(dim=0)
+        best = q.view(-1, count).argmax(dim=1) + count * torch.arange(len(q) // count, device=q.device)
+        return ActionSample(actions=actions[best], trace={})
+
     def update(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         """One critic update and, every `actor_every`-th after the warm-up, one actor update.
 
@@ -161,15 +178,18 @@ class FlowActorCritic(OffPolicyAlgorithm):
         return metrics
 
     def _update_actor(self, inputs: dict[str, Tensor], features: Tensor, anchor: Any) -> dict[str, Tensor]:
-        rows = self.config.actor_batch_size
-        inputs, features = {name: column[:rows] for name, column in inputs.items()}, features[:rows]
-        q = self.critic(self._critic_input(features, self.policy.sample(inputs))).mean(dim=0)
-        loss = -self.config.q_weight * (q / q.detach().std().clamp(min=1e-6)).mean()
-        metrics = {}
-        if self.config.flow_weight:
+        config, losses = self.config, list[Tensor]()
+        metrics: dict[str, Tensor] = {}
+        if config.q_weight:
+            rows = config.actor_batch_size
+            inputs, features = {name: column[:rows] for name, column in inputs.items()}, features[:rows]
+            q = self.critic(self._critic_input(features, self.policy.sample(inputs))).mean(dim=0)
+            losses.append(-config.q_weight * (q / q.detach().std().clamp(min=1e-6)).mean())
+        if config.flow_weight:
             flow_loss = mean_imitation_loss(self.policy, anchor)
-            loss = loss + self.config.flow_weight * flow_loss
+            losses.append(config.flow_weight * flow_loss)
             metrics["flow_loss"] = flow_loss.detach()
+        loss = torch.stack(losses).sum()
         for group in self.actor_optimizer.param_groups:
             group["lr"] = self.actor_learning_rate()
         norm = step(loss, self.actor_optimizer, self.config.max_grad_norm)

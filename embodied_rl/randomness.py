@@ -16,16 +16,24 @@ class RowNoise:
     (seed, ticket) and its counter starts at the decision, which leaves 2^64 draws to every decision.
     """
 
-    def __init__(self, seed: int, tickets: np.ndarray, decisions: np.ndarray) -> None:
+    def __init__(self, seed: int, tickets: np.ndarray, decisions: np.ndarray, copies: int = 1) -> None:
+        """With `copies` > 1 there are B * copies rows, the copies of a row next to each other, all different; the first
+        is what it is without copies."""
+        self._key = seed, tickets, decisions
         self._rows = [
             np.random.Generator(
                 np.random.Philox(
                     key=np.array([seed, ticket], dtype=np.int64).view(np.uint64),
-                    counter=np.array([0, decision, 0, 0], dtype=np.uint64),
+                    counter=np.array([0, decision, copy, 0], dtype=np.uint64),
                 )
             )
             for ticket, decision in zip(tickets, decisions, strict=True)
+            for copy in range(copies)
         ]
+
+    def copies(self, count: int) -> RowNoise:
+        """Fresh noise for `count` copies of every row."""
+        return RowNoise(*self._key, copies=count)
 
     def __len__(self) -> int:
         return len(self._rows)

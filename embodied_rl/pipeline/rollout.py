@@ -6,6 +6,7 @@ episode it is, and hence the noise of every decision.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,12 +76,16 @@ class RolloutWorker:
 
     @torch.no_grad()
     def begin(
-        self, deterministic: bool = False, exploration: float = 0.0, observe: Literal["last", "all"] = "last"
+        self,
+        deterministic: bool = False,
+        observe: Literal["last", "all"] = "last",
+        act: Callable[[Inputs, RowNoise], ActionSample] | None = None,
+        exploration: float = 0.0,
     ) -> None:
-        """Decide in every row and send the chunk. `exploration`: standard deviation of Gaussian noise added to the
-        actions, in units of half the action range."""
+        """Decide in every row and send the chunk. `act` decides instead of the policy; `exploration` is the standard
+        deviation of Gaussian noise added to the actions, in units of half the action range."""
         noise = RowNoise(self.seed, self.tickets, self._decisions)
-        sample = self.policy.act(self._inputs, deterministic, noise)
+        sample = act(self._inputs, noise) if act else self.policy.act(self._inputs, deterministic, noise)
         if exploration:
             low = torch.tensor(self.policy.action_spec.low, device=sample.actions.device)
             high = torch.tensor(self.policy.action_spec.high, device=sample.actions.device)

@@ -116,7 +116,7 @@ class OffPolicyWorkflow:
     def iterate(self, border: bool) -> Metrics:
         mean, episodes, config = Mean("loss"), list[Episode](), self.algorithm.config
         for decision in range(self.decisions):
-            self.worker.begin(deterministic=True, exploration=config.exploration_noise)
+            self.worker.begin(act=self.algorithm.act, exploration=config.exploration_noise)
             for _ in range(self._updates_due()):
                 mean.add(self._update())
             mean.check(f"update {self.algorithm.updates}")

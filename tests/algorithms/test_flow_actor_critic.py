@@ -17,7 +17,7 @@ B, S, K, A = 32, 3, 2, 2
 def toy(**settings):
     policy = ToyFlow(state=S, chunk=K, dim=A, width=16)
     settings = {"critic_hidden": (16, 16), "critic_warmup_updates": 0} | settings
-    return FlowActorCriticConfig(**settings).build(policy, seed=0)
+    return FlowActorCriticConfig(**({"actor_warmup_updates": 0} | settings)).build(policy, seed=0)
 
 
 def replay(seed=0, rows=B):
