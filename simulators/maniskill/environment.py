@@ -168,12 +168,22 @@ def observation_spec(env: Any, observation: str, image_size: int) -> Observation
 
     space = env.single_observation_space
     if observation == "state":
-        return ObservationSpec(state=space.shape[0])
+        parts = env._get_obs_state_dict(env.get_info())
+        return ObservationSpec(state=space.shape[0], state_names=tuple(state_names(parts, env.num_envs)))
     cameras = {name: CameraSpec(image_size, image_size) for name in space["sensor_data"]}
     if observation == "state+rgb":
         return ObservationSpec(state=space["state"].shape[0], cameras=cameras)
     size = sum(gymnasium.spaces.flatdim(space[name]) for name in ("agent", "extra") if name in space.spaces)
     return ObservationSpec(state=size, cameras=cameras)
+
+
+def state_names(parts: Mapping[str, Any], num_envs: int, prefix: str = "") -> Iterator[str]:
+    """A name for each number of the flattened state, e.g. "extra.obj_pose.2", in ManiSkill's order."""
+    for name, part in parts.items():
+        if isinstance(part, Mapping):
+            yield from state_names(part, num_envs, f"{prefix}{name}.")
+        else:
+            yield from (f"{prefix}{name}.{i}" for i in range(part.numel() // num_envs))
 
 
 def to_numpy(obs: Any, spec: ObservationSpec, row: int | np.ndarray) -> dict[str, np.ndarray]:
