@@ -55,8 +55,8 @@ class FlowActorCriticConfig:
     """... once there are this many, before that from demonstrations."""
     actor_batch_size: int = 128
     """Decisions of a batch whose Q the actor follows; that gradient runs through every denoising step."""
-    actor_warmup_updates: int = 500
-    """First actor updates, whose learning rate rises linearly: the critic has seen little yet."""
+    q_warmup_updates: int = 1500
+    """First actor updates, over which `q_weight` rises linearly: the critics have seen too little to lead at once."""
     critic_warmup_updates: int = 1500
     """First updates, which leave the actor alone."""
     max_grad_norm: float = 1.0
@@ -184,22 +184,20 @@ class FlowActorCritic(OffPolicyAlgorithm):
             rows = config.actor_batch_size
             inputs, features = {name: column[:rows] for name, column in inputs.items()}, features[:rows]
             q = self.critic(self._critic_input(features, self.policy.sample(inputs))).mean(dim=0)
-            losses.append(-config.q_weight * (q / q.detach().std().clamp(min=1e-6)).mean())
+            losses.append(-self.q_weight() * (q / q.detach().std().clamp(min=1e-6)).mean())
         if config.flow_weight:
             flow_loss = mean_imitation_loss(self.policy, anchor)
             losses.append(config.flow_weight * flow_loss)
             metrics["flow_loss"] = flow_loss.detach()
         loss = torch.stack(losses).sum()
-        for group in self.actor_optimizer.param_groups:
-            group["lr"] = self.actor_learning_rate()
         norm = step(loss, self.actor_optimizer, self.config.max_grad_norm)
         return metrics | {"actor_loss": loss.detach(), "actor_grad_norm": norm}
 
-    def actor_learning_rate(self) -> float:
-        """The learning rate of the next actor update."""
+    def q_weight(self) -> float:
+        """The weight of Q in the next actor update."""
         config = self.config
         done = (self.updates + 1 - config.critic_warmup_updates) / config.actor_every
-        return config.actor_learning_rate * min(1.0, done / max(config.actor_warmup_updates, 1))
+        return config.q_weight * min(1.0, done / max(config.q_warmup_updates, 1))
 
     def _critic_input(self, features: Tensor, actions: Tensor, valid: Tensor | None = None) -> Tensor:
         """[B,F+K*A]: features and the executed actions, limited to the action space, scaled to [-1,1]; actions that

@@ -55,6 +55,8 @@ class TrainingConfig:
     """Budget of environment steps."""
     decisions_per_iteration: int = 16
     """Decisions of every environment per iteration: the length of an on-policy segment."""
+    retry_failed: float = 0.0
+    """Share of the training episodes that start again where an earlier one failed."""
     evaluate_every: int = 0
     """Iterations between development evaluations; 0 evaluates only at the ends."""
     development_episodes: int = 50

@@ -6,9 +6,10 @@ episode it is, and hence the noise of every decision.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,22 +21,53 @@ from embodied_rl.simulators.base import WAIT, Simulator
 from embodied_rl.specs import Connection
 from embodied_rl.types import ActionSample, ChunkResult, Observation, Trajectory
 
+ATTEMPT = 1 << 48
+"""What a further attempt adds to a ticket; a `ResetSchedule` of a run ignores the bits from here on."""
+REMEMBERED = 256
+"""Failed episodes that wait for another attempt, at most."""
+
 
 class TicketCounter:
-    """Issues consecutive tickets from `first`; `WAIT` from `end` on."""
+    """Issues consecutive tickets from `first`; `WAIT` from `end` on.
 
-    def __init__(self, first: int, end: int | None = None) -> None:
+    A share `retry` of the tickets are further attempts at initial states where an episode failed (`failed`), oldest
+    first: the attempt is counted in the high bits of a ticket, so its noise is new and its initial state is not.
+    """
+
+    def __init__(self, first: int, end: int | None = None, retry: float = 0.0) -> None:
         self.next = first
         self.end = end
+        self.retry = retry
+        self._failed: deque[int] = deque(maxlen=REMEMBERED)
+        self._due = 0.0
 
     def issue(self, count: int) -> np.ndarray:
         """int64 [count]."""
-        tickets = np.arange(self.next, self.next + count, dtype=np.int64)
-        if self.end is not None:
-            tickets[tickets >= self.end] = WAIT
-            count = int((tickets != WAIT).sum())
-        self.next += count
-        return tickets
+        return np.array([self._issue() for _ in range(count)], dtype=np.int64)
+
+    def failed(self, ticket: int) -> None:
+        """The episode of `ticket` did not succeed."""
+        if self.retry:
+            self._failed.append(ticket)
+
+    def _issue(self) -> int:
+        self._due += self.retry
+        if self._due >= 1:
+            self._due -= 1
+            if self._failed:
+                return self._failed.popleft() + ATTEMPT
+        if self.end is not None and self.next >= self.end:
+            return WAIT
+        self.next += 1
+        return self.next - 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next, "due": self._due, "failed": list(self._failed)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.next, self._due = state["next"], state["due"]
+        self._failed = deque(state["failed"], maxlen=REMEMBERED)
 
 
 @dataclass
@@ -114,6 +146,9 @@ class RolloutWorker:
         ended = np.isin(np.arange(len(tickets)), result.final_rows)
         self.tickets = np.array(result.tickets)
         self._decisions = np.where(ended | result.lost, 0, self._decisions + 1)
+        for episode in result.episodes:
+            if episode.success_once is False:
+                self._counter.failed(episode.ticket)
         self._next_tickets[ended] = self._counter.issue(int(ended.sum()))
         final = None if result.final_observation is None else self._prepare(result.final_observation)
         self._inputs = self._prepare(result.observation)

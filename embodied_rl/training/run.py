@@ -99,7 +99,7 @@ class Run:
             self.policy.action_spec,
         )
         self.worker = RolloutWorker(self.simulator, self.policy, self.connection, self.config.seed)
-        self.tickets = TicketCounter(self.streams.first("training"))
+        self.tickets = TicketCounter(self.streams.first("training"), retry=self.config.training.retry_failed)
         self.generator = torch.Generator().manual_seed(self.config.seed)
 
     def _phases(self) -> dict[str, Any]:
@@ -260,7 +260,7 @@ class Run:
             "env_steps": self.worker.env_steps,
             "lost_episodes": self.worker.lost_episodes,
             "deaths": self.simulator.deaths,
-            "next_ticket": self.tickets.next,
+            "tickets": self.tickets.state_dict(),
             "phases": dict(self.phases),
             "wall_seconds": self._wall_seconds(),
             "evaluations": [result.to_dict() for result in self.evaluations],
@@ -276,7 +276,7 @@ class Run:
     def _restore(self, workflow: Workflow, saved: dict[str, Any]) -> None:
         self.worker.env_steps = saved["env_steps"]
         self.worker.lost_episodes = saved["lost_episodes"]
-        self.tickets.next = saved["next_ticket"]
+        self.tickets.load_state_dict(saved["tickets"])
         try:
             self.policy.load_state_dict(saved["policy"])
             for name, module in self.algorithm.modules().items():

@@ -6,6 +6,7 @@ high bits name the stream, its low bits count within it.
 
 from __future__ import annotations
 
+from embodied_rl.pipeline.rollout import ATTEMPT
 from embodied_rl.simulators.base import InitialState, ResetSchedule
 from embodied_rl.simulators.reset_schedule import OrderedSchedule, RandomSchedule
 
@@ -29,7 +30,8 @@ class Streams:
         self._counts = {"development": development, "test": test}
 
     def state(self, ticket: int) -> InitialState:
-        """The initial state of `ticket`."""
+        """The initial state of `ticket`, the same for all attempts at it."""
+        ticket %= ATTEMPT
         stream = list(self._schedules.values())[ticket >> _BITS]
         return stream.state(ticket & ((1 << _BITS) - 1))
 

@@ -10,6 +10,9 @@ from algorithm_toys import ToyFlow
 from embodied_rl.algorithms.critic import CriticEnsemble
 from embodied_rl.algorithms.flow_actor_critic import FlowActorCriticConfig
 from embodied_rl.errors import UserError
+from embodied_rl.policies.flow_mlp import FlowMLPConfig
+from embodied_rl.randomness import RowNoise
+from embodied_rl.specs import ActionSpec, ObservationSpec
 
 B, S, K, A = 32, 3, 2, 2
 
@@ -17,7 +20,7 @@ B, S, K, A = 32, 3, 2, 2
 def toy(**settings):
     policy = ToyFlow(state=S, chunk=K, dim=A, width=16)
     settings = {"critic_hidden": (16, 16), "critic_warmup_updates": 0} | settings
-    return FlowActorCriticConfig(**({"actor_warmup_updates": 0} | settings)).build(policy, seed=0)
+    return FlowActorCriticConfig(**({"q_warmup_updates": 0} | settings)).build(policy, seed=0)
 
 
 def replay(seed=0, rows=B):
@@ -231,3 +234,35 @@ def test_the_critic_improves_on_what_is_cloned(q_weight):
         chosen = algorithm.policy.sample({"state": torch.randn(512, S)})
     ratio = (chosen - 0.5).square().mean().item() / np.mean(cloned)
     assert ratio < 0.5 if q_weight else ratio > 0.7, ratio
+
+
+def test_training_executes_the_proposal_that_the_critics_value_most():
+    spec = ActionSpec((-1.0,) * A, (1.0,) * A, (0.0,) * A)
+    policy = FlowMLPConfig(horizon=K, chunk=K, hidden=(8,)).build(ObservationSpec(state=S), spec)
+    algorithm = FlowActorCriticConfig(candidates=5, critic_hidden=(8,)).build(policy, 0)
+    inputs = {"state": torch.randn(4, S)}
+
+    def noise():
+        return RowNoise(0, np.arange(4), np.zeros(4, np.int64))
+
+    plain = algorithm.act(inputs, noise()).actions
+    assert torch.equal(plain, policy.act(inputs, True, noise()).actions), "untrained critics choose nothing"
+    algorithm.updates = 1
+    chosen = algorithm.act(inputs, noise()).actions
+    assert not torch.equal(chosen, plain)
+    for row in range(4):
+        one = {"state": inputs["state"][row : row + 1].repeat(5, 1)}
+        mine = RowNoise(0, np.array([row]), np.zeros(1, np.int64))
+        proposals = policy.act(one, True, mine.copies(5)).actions
+        torch.testing.assert_close(proposals[0], plain[row])
+        with torch.no_grad():
+            q = algorithm.critic(algorithm._critic_input(policy.features(one), proposals)).amin(0)
+        torch.testing.assert_close(chosen[row], proposals[q.argmax()])
+
+
+def test_the_weight_of_q_rises_with_the_actor_updates():
+    algorithm = toy(critic_warmup_updates=10, actor_every=2, q_warmup_updates=4, q_weight=0.2)
+    weights = []
+    for algorithm.updates in (11, 13, 15, 17, 19):
+        weights.append(algorithm.q_weight())
+    assert weights == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2])

@@ -14,7 +14,8 @@ import torch
 from reach import LIMIT
 from training_toys import ReachConfig, off_policy, on_policy, worker_pids
 
-from embodied_rl.pipeline.rollout import Decision, RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import ATTEMPT, Decision, RolloutWorker, TicketCounter
+from embodied_rl.randomness import RowNoise
 from embodied_rl.simulators.base import WAIT
 from embodied_rl.specs import connect
 from embodied_rl.training.streams import Streams
@@ -53,6 +54,22 @@ def test_tickets_are_issued_once_and_end_in_waiting() -> None:
     assert counter.issue(3).tolist() == [12, WAIT, WAIT]
     assert counter.issue(1).tolist() == [WAIT]
     assert counter.next == 13
+
+
+def test_a_failed_ticket_is_attempted_again_from_the_same_state_with_other_noise() -> None:
+    counter = TicketCounter(STREAMS.first("training"), retry=0.25)
+    first = counter.issue(4)
+    assert first.tolist() == list(range(first[0], first[0] + 4))
+    counter.failed(int(first[1]))
+    again = [ticket for ticket in counter.issue(8).tolist() if ticket not in range(first[0], first[0] + 100)]
+    assert again == [first[1] + ATTEMPT]
+    assert STREAMS.state(again[0]) == STREAMS.state(int(first[1]))
+    noise = RowNoise(0, np.array([first[1], again[0]]), np.zeros(2, np.int64)).normal(3)
+    assert not np.array_equal(noise[0], noise[1])
+    counter.failed(again[0])
+    restored = TicketCounter(0, retry=0.25)
+    restored.load_state_dict(counter.state_dict())
+    assert restored.issue(9).tolist() == counter.issue(9).tolist()
 
 
 def test_every_ticket_runs_one_episode_and_steps_are_counted(worker: RolloutWorker) -> None:
