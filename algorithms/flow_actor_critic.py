@@ -76,7 +76,7 @@ class FlowActorCriticConfig:
     sampling, as in IDQL, arXiv 2304.10573). It never leaves what the policy would do, so a young critic can do little
     harm, and what succeeds joins the anchor."""
     exploration_noise: float = 0.1
-    """Standard deviation of the Gaussian noise on executed actions, in units of half the action range."""
+    """Standard deviation of the Gaussian noise on executed chunks, in units of half the action range."""
 
     def __post_init__(self) -> None:
         for name in ("critics", "batch_size", "anchor_batch_size", "anchor_minimum", "actor_every"):

@@ -115,13 +115,14 @@ class RolloutWorker:
         exploration: float = 0.0,
     ) -> None:
         """Decide in every row and send the chunk. `act` decides instead of the policy; `exploration` is the standard
-        deviation of Gaussian noise added to the actions, in units of half the action range."""
+        deviation of Gaussian noise added to the actions, in units of half the action range; a chunk keeps one draw for
+        all its actions, so that it moves the robot rather than shaking it."""
         noise = RowNoise(self.seed, self.tickets, self._decisions)
         sample = act(self._inputs, noise) if act else self.policy.act(self._inputs, deterministic, noise)
         if exploration:
             low = torch.tensor(self.policy.action_spec.low, device=sample.actions.device)
             high = torch.tensor(self.policy.action_spec.high, device=sample.actions.device)
-            jitter = torch.from_numpy(noise.normal(*sample.actions.shape[1:])).to(sample.actions.device)
+            jitter = torch.from_numpy(noise.normal(1, len(low))).to(sample.actions.device)
             moved = sample.actions + exploration * jitter * (high - low) / 2
             sample.actions = torch.minimum(torch.maximum(moved, low), high)
         actions = sample.actions.numpy(force=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from embodied_rl.algorithms.flow_actor_critic import FlowActorCriticConfig
 from embodied_rl.algorithms.imitation import ImitationConfig
 from embodied_rl.algorithms.ppo import PPOConfig
@@ -11,21 +13,33 @@ from embodied_rl.simulators.maniskill.config import ManiSkillConfig
 
 
 def quickstart() -> RunConfig:
-    """PickCube-v1 in ManiSkill3: a flow-matching clone of 24 demonstrations, improved off-policy by critics."""
+    """PickCube-v1 in ManiSkill3: a flow-matching clone of 32 noisy demonstrations, improved off-policy by critics."""
     return RunConfig(
         recipe="quickstart",
         simulator=ManiSkillConfig(
-            task="PickCube-v1", control_mode="pd_ee_delta_pos", reward="normalized_dense", num_envs=16, workers=2
+            task="PickCube-v1", control_mode="pd_ee_delta_pos", reward="normalized_dense", num_envs=32, workers=2
         ),
         policy=FlowMLPConfig(horizon=4, chunk=4),
-        demonstrations=DemonstrationsConfig(episodes=24, noise=0.05),
+        demonstrations=DemonstrationsConfig(episodes=32, noise=0.1),
         imitation=ImitationConfig(steps=1500),
-        algorithm=FlowActorCriticConfig(shaping=1.0),
+        algorithm=FlowActorCriticConfig(
+            shaping=1.0,
+            actor_learning_rate=5e-4,
+            q_weight=0.05,
+            q_warmup_updates=500,
+            candidates=8,
+            exploration_noise=0.05,
+            batch_size=128,
+            actor_batch_size=64,
+            critic_warmup_updates=500,
+        ),
         training=TrainingConfig(
-            env_steps=110_000,
+            env_steps=200_000,
             decisions_per_iteration=16,
-            evaluate_every=20,
-            checkpoint_every=20,
+            retry_failed=0.3,
+            evaluate_every=10,
+            development_episodes=100,
+            checkpoint_every=10,
             stop_at_success=0.97,
             converged_clone_steps=6000,
         ),
@@ -34,16 +48,15 @@ def quickstart() -> RunConfig:
 
 
 def quickstart_ppo() -> RunConfig:
-    """The same clone improved on-policy: PPO on the density of one stochastic denoise step (Flow-SDE)."""
-    return RunConfig(
+    """The same clone improved on-policy: PPO on the density of all denoise steps (Flow-SDE), from success alone."""
+    start = quickstart()
+    return replace(
+        start,
         recipe="quickstart_ppo",
-        simulator=ManiSkillConfig(
-            task="PickCube-v1", control_mode="pd_ee_delta_pos", reward="sparse", num_envs=16, workers=2
-        ),
+        simulator=replace(start.simulator, reward="sparse"),
         policy=FlowMLPConfig(horizon=4, chunk=4, joint=True, noise_level=0.3),
-        demonstrations=DemonstrationsConfig(episodes=24, noise=0.05),
-        imitation=ImitationConfig(steps=1500),
-        algorithm=PPOConfig(learning_rate=8e-5, epochs=6, minibatches=8),
-        training=TrainingConfig(env_steps=470_000, decisions_per_iteration=64, evaluate_every=10, checkpoint_every=10),
-        evaluation=EvaluationConfig(episodes=100),
+        algorithm=PPOConfig(learning_rate=8e-5, epochs=6, minibatches=8, target_kl=0.5),
+        training=replace(
+            start.training, env_steps=500_000, decisions_per_iteration=64, retry_failed=0.0, evaluate_every=10
+        ),
     )
