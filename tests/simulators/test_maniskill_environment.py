@@ -21,8 +21,6 @@ from embodied_rl.simulators.maniskill.demonstrator import CARRY, ScriptedPickCub
 from embodied_rl.simulators.maniskill.environment import ManiSkillEnvironment
 from embodied_rl.simulators.maniskill.rows import ManiSkillRows
 
-pytest.importorskip("mani_skill")
-
 
 @pytest.fixture(scope="module")
 def pick() -> ManiSkillEnvironment:

@@ -15,7 +15,6 @@ from embodied_rl.simulators.maniskill.demonstrator import ScriptedPickCube
 from embodied_rl.simulators.maniskill.environment import ManiSkillEnvironment
 from embodied_rl.simulators.maniskill.patch import Patch, Patches
 
-pytest.importorskip("mani_skill")
 SEEDS = [11, 5, 11, 123456789]
 
 

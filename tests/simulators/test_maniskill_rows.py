@@ -12,8 +12,6 @@ from embodied_rl.simulators.maniskill.demonstrator import ScriptedPickCube
 from embodied_rl.simulators.maniskill.environment import ManiSkillEnvironment
 from embodied_rl.simulators.maniskill.rows import ManiSkillRows, SideBySide, agrees
 
-pytest.importorskip("mani_skill")
-
 
 @pytest.mark.parametrize(
     ("task", "control", "reward", "together"),
