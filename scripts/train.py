@@ -1,6 +1,6 @@
 """A run from Python: take a recipe, change what you like, train. Copy it to start an experiment of your own.
 
-    uv run python scripts/train.py
+uv run python scripts/train.py
 """
 
 from dataclasses import replace

@@ -4,8 +4,8 @@ Two ways to keep it, both served by the executors in `chunk.py`:
 
 - implement `Environment` (one environment, one step at a time) and let `WorkerSimulator` run N of them in supervised
   processes;
-- implement `BatchedEnvironment` (N environments stepped together) and wrap it in `BatchedSimulator` when it lives in this
-  process, e.g. on a GPU, or let each process of a `WorkerSimulator` run one.
+- implement `BatchedEnvironment` (N environments stepped together) and wrap it in `BatchedSimulator` when it lives in
+  this process, e.g. on a GPU, or let each process of a `WorkerSimulator` run one.
 """
 
 from __future__ import annotations
