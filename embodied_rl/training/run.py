@@ -64,11 +64,14 @@ class Run:
         self.iteration = 0
         self.phases: dict[str, float] = defaultdict(float)
         self.evaluations: list[EvaluationResult] = []
+        self.succeeded = False
+        """The development success that ends the run early was reached."""
         self.saved = checkpoint.load(newest) if resume and (newest := checkpoint.latest(out / "checkpoints")) else None
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "config.json", json.dumps(to_dict(config), indent=2))
         if self.saved:
             self.iteration = self.saved["iteration"]
+            self.succeeded = self.saved["succeeded"]
             self.phases.update(self.saved["phases"])
             self.evaluations = [EvaluationResult(**fields) for fields in self.saved["evaluations"]]
         self.streams = Streams(
@@ -209,27 +212,27 @@ class Run:
         """Iterate until the budget is spent or the development success is reached."""
         training = self.config.training
         self.worker.restart(self.tickets)
-        done = self.worker.env_steps >= training.env_steps
-        while not done:
+        while not (self.succeeded or self.worker.env_steps >= training.env_steps):
             began, steps = time.monotonic(), self.worker.env_steps
             number = self.iteration + 1
             evaluates = bool(training.evaluate_every) and number % training.evaluate_every == 0
             saves = number % training.checkpoint_every == 0
             metrics = workflow.iterate(border=evaluates or saves)
             self.iteration = number
-            rate = (self.worker.env_steps - steps) / (time.monotonic() - began)
-            done = self.worker.env_steps >= training.env_steps
+            metrics["time/env_steps_per_second"] = (self.worker.env_steps - steps) / (time.monotonic() - began)
             if evaluates:
                 score = self._episodes("development", self.policy)
                 metrics |= {"evaluation/return": score.mean_return, "evaluation/length": score.mean_length}
                 if score.success is not None:
                     metrics["evaluation/success"] = score.success
-                    done = done or (training.stop_at_success is not None and score.success >= training.stop_at_success)
-            self._log(metrics | {"time/env_steps_per_second": rate})
+                    wanted = training.stop_at_success
+                    self.succeeded = wanted is not None and score.success >= wanted
+            self._log(metrics)
+            if saves:
+                self._save(workflow)
             if evaluates or saves:
-                if saves or done:
-                    self._save(workflow)
                 self.worker.restart(self.tickets)
+        self._save(workflow)
 
     def _log(self, metrics: Metrics) -> None:
         counts = {
@@ -257,6 +260,7 @@ class Run:
     def _save(self, workflow: Workflow) -> None:
         tree = {
             "iteration": self.iteration,
+            "succeeded": self.succeeded,
             "env_steps": self.worker.env_steps,
             "lost_episodes": self.worker.lost_episodes,
             "deaths": self.simulator.deaths,

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from embodied_rl.recipes.quickstart import quickstart
 from embodied_rl.training.metrics import read_metrics
+
+# Five runs of the real simulator, each with its start-up.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SMALL = [
     "--simulator.num-envs=4",

@@ -73,6 +73,21 @@ def test_a_run_killed_in_the_middle_goes_on_exactly(recipe: Any, tmp_path: Path)
         assert resumed[name] == whole[name]
 
 
+def test_the_final_policy_is_saved_and_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
+    config = on_policy(env_steps=220, checkpoint_every=3, evaluate_every=2)
+    result = train(config, tmp_path / "run")
+    assert result["iterations"] % 3, "the budget must end between two checkpoints for this test to mean anything"
+    assert checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))["iteration"] == result["iterations"]
+    again = train(config, tmp_path / "run", resume=True)
+    assert (again["iterations"], again["env_steps"]) == (result["iterations"], result["env_steps"])
+    assert again["evaluations"] == result["evaluations"]
+
+    early = on_policy(stop_at_success=0.0)
+    stopped = train(early, tmp_path / "early")
+    assert stopped["iterations"] == 2, "the first development evaluation"
+    assert train(early, tmp_path / "early", resume=True)["iterations"] == 2
+
+
 def start(recipe: Any, out: Path) -> subprocess.Popen[bytes]:
     code = "import sys, training_toys; from pathlib import Path; from embodied_rl.training.run import train; "
     code += "train(getattr(training_toys, sys.argv[1])(), Path(sys.argv[2]))"
