@@ -255,7 +255,9 @@ class Run:
     def _episodes(self, stream: str, policy: Any, name: str | None = None) -> EvaluationResult:
         worker = RolloutWorker(self.simulator, policy, self.connection, self.config.seed)
         deterministic = self.config.evaluation.deterministic
-        return EvaluationResult.of(name or stream, run_episodes(worker, self.streams.episodes(stream), deterministic))
+        episodes = run_episodes(worker, self.streams.episodes(stream), deterministic)
+        self.worker.lost_episodes += worker.lost_episodes
+        return EvaluationResult.of(name or stream, episodes)
 
     def _save(self, workflow: Workflow) -> None:
         tree = {

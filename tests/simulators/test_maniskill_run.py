@@ -100,7 +100,7 @@ def test_a_run_outlives_its_worker_and_stops_when_workers_keep_dying(tmp_path: P
     finish(process)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["deaths"] == 1
-    assert 1 <= result["lost_episodes"] <= 2
+    assert result["lost_episodes"] <= 2, "none when the worker died in a reset"
 
     process = start("quickstart", "--out", str(tmp_path / "doomed"), *SMALL)
     wait_for_rows(process, tmp_path / "doomed", 1)
