@@ -26,7 +26,8 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    return (low if successes else 0.0), (high if successes < n else 1.0)  # exact at the ends in spite of rounding
 
 
 @dataclass(frozen=True)

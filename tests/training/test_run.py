@@ -157,7 +157,7 @@ def test_a_policy_that_does_not_fit_the_demonstrations_is_refused(tmp_path: Path
         truncated=np.zeros(2, bool),
         seed=1,
     )
-    write(tmp_path / "other.h5", [episode], "other", "velocity")
+    write(tmp_path / "other.h5", [episode], "reach", "velocity")
     config = replace(off_policy(), demonstrations=DemonstrationsConfig(1, path=str(tmp_path / "other.h5")))
     with pytest.raises(UserError, match="7 numbers"):
         train(config, tmp_path / "run")
