@@ -33,8 +33,9 @@ class FlowActorCriticConfig:
 
     critics: int = 2
     critic_hidden: tuple[int, ...] = (256, 256)
+    learning_rate: float = 1.5e-4
+    """Of the policy."""
     critic_learning_rate: float = 5e-4
-    actor_learning_rate: float = 1.5e-4
     batch_size: int = 256
     """Decisions per update."""
     gamma: float = 0.95
@@ -105,7 +106,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
         self.critic = CriticEnsemble(size, config.critic_hidden, config.critics, seed).to(policy.device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_optimizer = adam(self.critic.parameters(), config.critic_learning_rate)
-        self.actor_optimizer = adam(policy.parameter_groups()["policy"], config.actor_learning_rate)
+        self.actor_optimizer = adam(policy.parameter_groups()["policy"], config.learning_rate)
         self.updates = 0
 
     @property

@@ -46,6 +46,7 @@ def main() -> None:
         "mean": {name: mean(run[name] for run in runs) for name in KEPT if name not in ("seed", "evaluation_episodes")},
     }
     if arguments.results:
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
         arguments.results.write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps({"quickstart": summary["mean"], "seeds": len(runs)}))
 

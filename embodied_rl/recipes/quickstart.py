@@ -24,7 +24,7 @@ def quickstart() -> RunConfig:
         imitation=ImitationConfig(steps=1500),
         algorithm=FlowActorCriticConfig(
             shaping=1.0,
-            actor_learning_rate=5e-4,
+            learning_rate=5e-4,
             q_weight=0.05,
             q_warmup_updates=500,
             candidates=8,

@@ -215,7 +215,7 @@ def test_the_critic_improves_on_what_is_cloned(q_weight):
     """A bandit: the data spread around 0, the reward is highest at 0.5. Cloning the better half of the data ends near
     that half's mean distance from 0.5; the critic halves it."""
     rng = np.random.default_rng(0)
-    rates = {"critic_learning_rate": 3e-3, "actor_learning_rate": 3e-3}
+    rates = {"critic_learning_rate": 3e-3, "learning_rate": 3e-3}
     algorithm = toy(**rates, critic_warmup_updates=100, q_weight=q_weight)
     generator = torch.Generator().manual_seed(0)
     cloned = []
