@@ -42,14 +42,14 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> dict[str, Any]:
     """Run `config` in folder `out` and return the content of its result.json.
 
     Raises `UserError` for what the user can fix, `SimulatorDied` after repeated worker deaths. A run that is refused
-    before it has anything to show leaves no folder behind.
+    before its first checkpoint leaves no folder behind.
     """
     created = not out.exists()
     run = Run(config, out, resume)
     try:
         return run.run()
     except UserError:
-        if created and not run.phases:
+        if created and checkpoint.latest(out / "checkpoints") is None:
             shutil.rmtree(out, ignore_errors=True)
         raise
 

@@ -161,6 +161,7 @@ def test_a_policy_that_does_not_fit_the_demonstrations_is_refused(tmp_path: Path
     config = replace(off_policy(), demonstrations=DemonstrationsConfig(1, path=str(tmp_path / "other.h5")))
     with pytest.raises(UserError, match="7 numbers"):
         train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
