@@ -1,4 +1,4 @@
-"""The command line: `embodied-rl train | evaluate | collect | report | doctor | list`.
+"""The command line: `embodied-rl train | evaluate | collect | report | doctor | list | install`.
 
 Everything heavy is imported by the command that needs it, so that help and `list` answer at once.
 """
@@ -100,6 +100,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     report.add_argument("run", type=Path, metavar="RUN_DIR")
 
     command("doctor", _doctor, "Say what this machine can run, and how to fix the rest.")
+
+    install = command("install", _install, "Make the Python environment of a simulator that cannot share this one.")
+    install.add_argument("project", metavar="NAME", help="one of ours, e.g. isaaclab, or a folder with uv.lock")
 
     listing = command("list", _list, "List what is registered.")
     listing.add_argument("kind", nargs="?", metavar="|".join(KINDS), help="default: all")
@@ -235,6 +238,12 @@ def _doctor(_: Any) -> None:
     from embodied_rl import doctor
 
     doctor.main()
+
+
+def _install(arguments: Any) -> None:
+    from embodied_rl.simulators import interpreters
+
+    print(f"{arguments.project}: {interpreters.install(arguments.project)}")
 
 
 KINDS = {

@@ -149,8 +149,8 @@ class BatchedEnvironment(ABC):
 class Demonstrator(Protocol):
     """A scripted expert acting from the state of N rows; the caller adds noise."""
 
-    def reset(self, rows: np.ndarray) -> None:
-        """Forget what the episodes of `rows` (indices or a mask) were doing."""
+    def reset(self, rows: np.ndarray, tasks: np.ndarray) -> None:
+        """`rows` (int64 [M]) begin episodes of `tasks` (int64 [M], indices into the simulator's tasks)."""
         ...
 
     def actions(self, state: np.ndarray) -> np.ndarray:
@@ -158,14 +158,37 @@ class Demonstrator(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Listing:
+    """One line of `embodied-rl list simulators --tasks`. None: known only once the task is built."""
+
+    name: str
+    instruction: str
+    cameras: tuple[str, ...] | None
+    action_dim: int | None
+    max_steps: int | None
+    reward: str
+    """Kinds of reward it defines, e.g. "sparse" or "sparse, dense"."""
+    missing: str = ""
+    """What it lacks on this machine and how to get it, on one line; "" when it can run."""
+
+
 class SimulatorConfig(Protocol):
-    """What the configuration dataclass behind a registered simulator name offers; importing it imports no simulator."""
+    """What the configuration dataclass behind a registered simulator name offers; importing it imports no simulator.
+
+    Its module may also have a function `tasks() -> list[Listing]` with every task that the simulator knows.
+    """
 
     num_envs: int
 
     @property
     def num_tasks(self) -> int:
         """Tasks that `InitialState.task` indexes."""
+        ...
+
+    @property
+    def num_states(self) -> int:
+        """Recorded initial states of each task, which `InitialState.index` indexes; 0 when resets come from seeds."""
         ...
 
     def build(self, schedule: ResetSchedule, *, log_dir: Path | None = None) -> Simulator:

@@ -28,16 +28,19 @@ def draw_seed(stream: str, seed: int, counter: int) -> int:
 
 @dataclass(frozen=True)
 class RandomSchedule:
-    """Every ticket its own random seed and a random one of `num_tasks` tasks."""
+    """Every ticket its own random seed, a random one of `num_tasks` tasks and of its `num_states` recorded initial
+    states (0: there are none)."""
 
     seed: int
     num_tasks: int = 1
     stream: str = "training"
+    num_states: int = 0
 
     def state(self, ticket: int) -> InitialState:
         """The initial state of `ticket` >= 0."""
         task = _hash("task", self.stream, self.seed, ticket) % self.num_tasks
-        return InitialState(task=task, seed=draw_seed(self.stream, self.seed, ticket))
+        index = _hash("index", self.stream, self.seed, ticket) % self.num_states if self.num_states else None
+        return InitialState(task, draw_seed(self.stream, self.seed, ticket), index)
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,12 @@ class GroupSchedule:
     group_size: int
     num_tasks: int = 1
     stream: str = "training"
+    num_states: int = 0
 
     def state(self, ticket: int) -> InitialState:
         """The initial state of `ticket` >= 0."""
-        return RandomSchedule(self.seed, self.num_tasks, self.stream).state(ticket // self.group_size)
+        states = RandomSchedule(self.seed, self.num_tasks, self.stream, self.num_states)
+        return states.state(ticket // self.group_size)
 
 
 @dataclass(frozen=True)
@@ -67,19 +72,26 @@ class FixedSchedule:
 
 @dataclass(frozen=True)
 class OrderedSchedule:
-    """A finite list of episodes, each run once: ticket t starts from (tasks[t], seeds[t]). For evaluation."""
+    """A finite list of episodes, each run once: ticket t starts from (tasks[t], seeds[t], indices[t]). For evaluation.
+
+    `indices` may be empty: no recorded initial states.
+    """
 
     seeds: Sequence[int]
     tasks: Sequence[int]
+    indices: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        if len(self.seeds) != len(self.tasks):
-            raise ValueError(f"{len(self.seeds)} seeds for {len(self.tasks)} tasks")
+        if len(self.seeds) != len(self.tasks) or len(self.indices) not in (0, len(self.seeds)):
+            raise ValueError(f"{len(self.seeds)} seeds for {len(self.tasks)} tasks, {len(self.indices)} indices")
 
     @classmethod
-    def draw(cls, stream: str, count: int, num_tasks: int = 1, seed: int = 0) -> OrderedSchedule:
-        """`count` episodes with seeds of `stream`, tasks taking turns."""
-        return cls([draw_seed(stream, seed, i) for i in range(count)], [i % num_tasks for i in range(count)])
+    def draw(cls, stream: str, count: int, num_tasks: int = 1, seed: int = 0, num_states: int = 0) -> OrderedSchedule:
+        """`count` episodes with seeds of `stream`: every task from its recorded state 0, then every task from state 1,
+        and so on (task 0, task 1, ... when nothing is recorded), from the start again when all are used."""
+        seeds = [draw_seed(stream, seed, i) for i in range(count)]
+        indices = [i // num_tasks % num_states for i in range(count)] if num_states else []
+        return cls(seeds, [i % num_tasks for i in range(count)], indices)
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -88,7 +100,8 @@ class OrderedSchedule:
         """The initial state of `ticket`; raises IndexError outside [0, len)."""
         if not 0 <= ticket < len(self):
             raise IndexError(f"ticket {ticket} of a schedule of {len(self)} episodes")
-        return InitialState(task=self.tasks[ticket], seed=self.seeds[ticket])
+        index = self.indices[ticket] if self.indices else None
+        return InitialState(self.tasks[ticket], self.seeds[ticket], index)
 
 
 def _hash(purpose: str, stream: str, seed: int, counter: int) -> int:

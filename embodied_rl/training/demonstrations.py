@@ -35,8 +35,8 @@ def demonstrate(
     for tried in range(0, MAX_TRIES * max(episodes, n), n):
         tickets = np.arange(first + tried, first + tried + n)
         rows: list[dict[str, list]] = [defaultdict(list) for _ in range(n)]
-        demonstrator.reset(np.arange(n))
         observation = simulator.reset(tickets=tickets)
+        demonstrator.reset(np.arange(n), observation.task)
         for row in range(n):
             rows[row]["states"].append(np.array(observation.state[row]))
         step, running = 0, np.ones(n, bool)
@@ -47,7 +47,7 @@ def demonstrate(
             result = simulator.step(actions[:, None])
             final = dict(zip(result.final_rows.tolist(), range(len(result.final_rows)), strict=True))
             for row in np.flatnonzero(result.lost):  # a dead worker restarted this episode: so do we
-                demonstrator.reset(np.array([row]))
+                demonstrator.reset(np.array([row]), result.observation.task[[row]])
                 rows[row].clear()
                 rows[row]["states"].append(np.array(result.observation.state[row]))
             for row in np.flatnonzero(result.valid[:, 0]):
@@ -78,7 +78,7 @@ def demonstrate(
 def collect(config: RunConfig, path: Path, episodes: int) -> dict[str, int | str]:
     """Collect `episodes` demonstrations of a recipe's task into an HDF5 file at `path`."""
     noise = config.demonstrations.noise if config.demonstrations else 0.0
-    streams = Streams(config.seed, config.simulator.num_tasks, 1, 1)
+    streams = Streams(config.seed, config.simulator.num_tasks, 1, 1, num_states=config.simulator.num_states)
     demonstrator = config.simulator.demonstrator()
     with config.simulator.build(streams) as simulator:
         found = demonstrate(simulator, demonstrator, streams, episodes, noise, config.seed)

@@ -88,7 +88,7 @@ def evaluate_run(run_dir: Path, episodes: int, seed: int = 0, deterministic: boo
     if newest is None:
         raise UserError(f"{run_dir} holds no checkpoint to evaluate; train it first")
     saved = checkpoint.load(newest)
-    streams = Streams(config.seed, config.simulator.num_tasks, 1, episodes, seed)
+    streams = Streams(config.seed, config.simulator.num_tasks, 1, episodes, seed, config.simulator.num_states)
     with config.simulator.build(streams) as simulator:
         policy = config.policy.build(simulator.observation_spec, simulator.action_spec)
         try:

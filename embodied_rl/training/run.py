@@ -75,7 +75,11 @@ class Run:
             self.phases.update(self.saved["phases"])
             self.evaluations = [EvaluationResult(**fields) for fields in self.saved["evaluations"]]
         self.streams = Streams(
-            config.seed, config.simulator.num_tasks, config.training.development_episodes, config.evaluation.episodes
+            config.seed,
+            config.simulator.num_tasks,
+            config.training.development_episodes,
+            config.evaluation.episodes,
+            num_states=config.simulator.num_states,
         )
         # Small networks on small batches: a second thread costs more than it brings, and the workers need the core.
         torch.set_num_threads(1)

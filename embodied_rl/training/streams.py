@@ -17,15 +17,18 @@ class Streams:
     """A `ResetSchedule` of named streams with disjoint seeds.
 
     "training" and "demonstrations" are endless and depend on the run's seed; "development" and "test" are finite lists
-    of episodes, tasks taking turns, the same for every run.
+    of episodes, tasks taking turns, the same for every run. Where a simulator ships recorded initial states
+    (`num_states` per task > 0), all streams share these, as published benchmarks do.
     """
 
-    def __init__(self, seed: int, num_tasks: int, development: int, test: int, test_seed: int = 0) -> None:
+    def __init__(
+        self, seed: int, num_tasks: int, development: int, test: int, test_seed: int = 0, num_states: int = 0
+    ) -> None:
         self._schedules: dict[str, ResetSchedule] = {
-            "training": RandomSchedule(seed, num_tasks, "training"),
-            "demonstrations": RandomSchedule(seed, num_tasks, "demonstrations"),
-            "development": OrderedSchedule.draw("development", development, num_tasks),
-            "test": OrderedSchedule.draw("test", test, num_tasks, test_seed),
+            "training": RandomSchedule(seed, num_tasks, "training", num_states),
+            "demonstrations": RandomSchedule(seed, num_tasks, "demonstrations", num_states),
+            "development": OrderedSchedule.draw("development", development, num_tasks, num_states=num_states),
+            "test": OrderedSchedule.draw("test", test, num_tasks, test_seed, num_states),
         }
         self._counts = {"development": development, "test": test}
 

@@ -61,6 +61,11 @@ class ManiSkillConfig:
         """One configuration runs one task."""
         return 1
 
+    @property
+    def num_states(self) -> int:
+        """ManiSkill draws every initial state from the seed."""
+        return 0
+
     def demonstrator(self) -> Demonstrator:
         """The scripted expert; raises `UserError` for a task or controller without one."""
         from embodied_rl.simulators.maniskill.demonstrator import ScriptedPickCube

@@ -58,8 +58,8 @@ class ScriptedPickCube:
             )
         self._phase = np.full(num_envs, ABOVE)
 
-    def reset(self, rows: np.ndarray) -> None:
-        """Forget what the episodes of `rows` (indices or a mask) were doing."""
+    def reset(self, rows: np.ndarray, tasks: np.ndarray) -> None:
+        """Forget what the episodes of `rows` were doing; there is one task only."""
         self._phase[rows] = ABOVE
 
     def actions(self, state: np.ndarray) -> np.ndarray:

@@ -17,16 +17,27 @@ from embodied_rl.simulators.reset_schedule import (
     draw_seed,
 )
 
+STATES = st.integers(0, 50)
 TICKETS = st.integers(0, 2**62)
 SEEDS = st.integers(0, 2**62)
 
 
-@given(SEEDS, TICKETS, st.integers(1, 50), st.text())
-def test_random_states_are_pure_and_in_range(seed: int, ticket: int, num_tasks: int, stream: str) -> None:
-    state = RandomSchedule(seed, num_tasks, stream).state(ticket)
-    assert state == RandomSchedule(seed, num_tasks, stream).state(ticket)
+@given(SEEDS, TICKETS, st.integers(1, 50), st.text(), STATES)
+def test_random_states_are_pure_and_in_range(
+    seed: int, ticket: int, num_tasks: int, stream: str, num_states: int
+) -> None:
+    state = RandomSchedule(seed, num_tasks, stream, num_states).state(ticket)
+    assert state == RandomSchedule(seed, num_tasks, stream, num_states).state(ticket)
     assert 0 <= state.seed < 2**31
     assert 0 <= state.task < num_tasks
+    assert state.index is None if num_states == 0 else state.index in range(num_states)
+
+
+def test_an_evaluation_uses_every_recorded_state_of_every_task_once_before_any_twice() -> None:
+    schedule = OrderedSchedule.draw("test", 2 * 3 * 5, num_tasks=3, num_states=5)
+    states = [schedule.state(ticket) for ticket in range(len(schedule))]
+    once = [(task, index) for index in range(5) for task in range(3)]
+    assert [(state.task, state.index) for state in states] == 2 * once
 
 
 @given(SEEDS, SEEDS, TICKETS, TICKETS)

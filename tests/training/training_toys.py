@@ -24,7 +24,7 @@ from embodied_rl.simulators.workers import WorkerSimulator
 class ReachDemonstrator:
     """Straight to the target."""
 
-    def reset(self, rows: np.ndarray) -> None:
+    def reset(self, rows: np.ndarray, tasks: np.ndarray) -> None:
         """Remembers nothing."""
 
     def actions(self, state: np.ndarray) -> np.ndarray:
@@ -41,6 +41,10 @@ class ReachConfig:
     @property
     def num_tasks(self) -> int:
         return 1
+
+    @property
+    def num_states(self) -> int:
+        return 0
 
     def demonstrator(self) -> ReachDemonstrator:
         return ReachDemonstrator()

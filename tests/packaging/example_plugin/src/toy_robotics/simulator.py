@@ -42,7 +42,7 @@ class Line(Environment):
 class Straight:
     """Drives straight to the mark."""
 
-    def reset(self, rows: np.ndarray) -> None:
+    def reset(self, rows: np.ndarray, tasks: np.ndarray) -> None:
         """Nothing to forget."""
 
     def actions(self, state: np.ndarray) -> np.ndarray:
@@ -57,6 +57,7 @@ class LineConfig:
     workers: int = 1
     max_steps: int = 20
     num_tasks: int = 1
+    num_states: int = 0
 
     def demonstrator(self) -> Demonstrator:
         return Straight()
