@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
 import importlib.util
 import sys
 import time
@@ -106,7 +105,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     listing = command("list", _list, "List what is registered.")
     listing.add_argument("kind", nargs="?", metavar="|".join(KINDS), help="default: all")
-    listing.add_argument("--tasks", action="store_true", help="also the tasks of every simulator (imports them)")
+    listing.add_argument("--tasks", action="store_true", help="also the tasks of every simulator")
     return parser, commands
 
 
@@ -264,14 +263,25 @@ def _list(arguments: Any) -> None:
         for name in names:
             print(f"  {name:{width}}  {_summary(KINDS[kind].target(name))}".rstrip())
             if kind == "simulators" and arguments.tasks:
-                for task in _tasks(name):
-                    print(f"    {task}")
+                _show_tasks(name)
 
 
-def _tasks(simulator: str) -> list[str]:
-    KINDS["simulators"].load(simulator)
-    module = importlib.import_module(KINDS["simulators"].target(simulator).partition(":")[0])
-    return module.tasks() if hasattr(module, "tasks") else []
+def _show_tasks(simulator: str) -> None:
+    for task in registry.tasks(simulator):
+        cameras = "cameras ?" if task.cameras is None else f"cameras {', '.join(task.cameras) or 'none'}"
+        facts = [
+            f"action {_known(task.action_dim)}",
+            cameras,
+            f"{_known(task.max_steps)} steps",
+            f"reward {task.reward}",
+        ]
+        print(f"    {task.name}: {task.instruction} | {' | '.join(facts)}")
+        if task.missing:
+            print(f"        missing: {task.missing}")
+
+
+def _known(value: int | None) -> str:
+    return "?" if value is None else str(value)
 
 
 def _summary(target: str) -> str:

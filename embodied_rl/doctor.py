@@ -54,11 +54,13 @@ free, total = torch.cuda.mem_get_info()
 print(f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
 """
 _SIMULATOR = """
-import importlib, sys
+import sys
 from embodied_rl import registry
-registry.simulators.load(sys.argv[1])
-module = importlib.import_module(registry.simulators.target(sys.argv[1]).partition(":")[0])
-print(f"{len(module.tasks())} tasks" if hasattr(module, "tasks") else "")
+tasks = registry.tasks(sys.argv[1])
+ready = sum(not task.missing for task in tasks)
+if tasks and not ready:
+    sys.exit(f"none of {len(tasks)} tasks is ready; {tasks[0].missing}")
+print(f"{ready} of {len(tasks)} tasks are ready" if tasks else "")
 """
 
 
@@ -172,9 +174,9 @@ def osmesa() -> Finding:
 
 
 def simulator(name: str) -> Finding:
-    """Whether a registered simulator can be imported."""
+    """How many tasks of a registered simulator have all they need here."""
     trial = attempt(_SIMULATOR, name)
-    return Finding(f"simulator {name}", trial.ok, trial.text, "uv sync")
+    return Finding(f"simulator {name}", trial.ok, trial.text, "embodied-rl list simulators --tasks tells more")
 
 
 def findings() -> list[Finding]:

@@ -13,6 +13,7 @@ component; behind a recipe name is a function that returns a `RunConfig`.
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -79,6 +80,15 @@ simulators = Registry(
     "embodied_rl.simulators",
     {"maniskill": "embodied_rl.simulators.maniskill.config:ManiSkillConfig"},
 )
+
+
+def tasks(simulator: str) -> list[Any]:
+    """The tasks that a registered simulator knows (`simulators.base.Listing`); [] when its module does not tell."""
+    simulators.load(simulator)
+    module = sys.modules[simulators.target(simulator).partition(":")[0]]
+    return module.tasks() if hasattr(module, "tasks") else []
+
+
 policies = Registry(
     "policy",
     "embodied_rl.policies",

@@ -88,7 +88,7 @@ class BatchedRows:
 
     def _keep(self, target: Frame, source: Frame, which: np.ndarray) -> None:
         rows = self._first + np.flatnonzero(which)
-        for name, array in target.items():
+        for name, array in target.items() if len(rows) else ():
             array[rows] = source[name][rows]
 
     def _mapped(self) -> Block:

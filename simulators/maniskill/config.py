@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import embodied_rl
 from embodied_rl.errors import UserError, unknown
-from embodied_rl.simulators.base import Demonstrator, ResetSchedule, Simulator
+from embodied_rl.simulators.base import Demonstrator, Listing, ResetSchedule, Simulator
 
 OBSERVATIONS = ("state", "rgb", "state+rgb")
 REWARDS = ("sparse", "normalized_dense", "dense", "none")
@@ -88,8 +92,31 @@ class ManiSkillConfig:
         return WorkerSimulator(target, kwargs, self.num_envs, self.workers, schedule, log_dir=log_dir)
 
 
-def tasks() -> list[str]:
-    """All registered ManiSkill task ids, sorted. Imports ManiSkill (seconds)."""
-    from embodied_rl.simulators.maniskill import tasks as registered
+def tasks() -> list[Listing]:
+    """Every task of the pinned ManiSkill with its default robot, as `scripts/describe_maniskill_tasks.py` found them.
 
-    return registered.names()
+    Tasks that another package registers are not in it.
+    """
+    table = json.loads((Path(embodied_rl.__file__).parent / "assets" / "maniskill_tasks.json").read_text())
+    data = Path(os.environ.get("MS_ASSET_DIR") or Path.home() / ".maniskill") / "data"
+    listings = []
+    for name, facts in table.items():
+        downloaded = facts["assets"] and all((data / path).exists() for path in facts["assets"])
+        listings.append(
+            Listing(
+                name=name,
+                instruction=instruction(name),
+                cameras=None if facts["cameras"] is None else tuple(facts["cameras"]),
+                action_dim=facts["action_dim"],
+                max_steps=facts["max_steps"],
+                reward=", ".join(reward for reward in facts["rewards"] if reward != "none") or "none",
+                missing="" if downloaded else facts["problem"],
+            )
+        )
+    return listings
+
+
+def instruction(task: str) -> str:
+    """The task in words: ManiSkill's tasks carry no language, so the id is spelled out ("PickCube-v1": "pick cube")."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+|\d+", re.sub(r"-v\d+$", "", task))
+    return " ".join(words).lower()

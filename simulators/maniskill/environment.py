@@ -14,6 +14,7 @@ from embodied_rl.errors import UserError, unknown
 from embodied_rl.simulators import vulkan
 from embodied_rl.simulators.base import Environment, InitialState
 from embodied_rl.simulators.maniskill import fast, headless, tasks
+from embodied_rl.simulators.maniskill.config import instruction
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, TaskSpec
 
 
@@ -235,5 +236,5 @@ def action_spec(env: Any) -> ActionSpec:
 def task_spec(env: Any, task: str, max_steps: int, reward: str, info: dict[str, Any]) -> TaskSpec:
     """The task in force; it has success only where its own `evaluate` says so."""
     spoken = getattr(env, "get_language_instruction", None)
-    words = spoken()[0] if spoken else tasks.instruction(task)
+    words = spoken()[0] if spoken else instruction(task)
     return TaskSpec(task, words, max_steps, has_success="success" in info, reward=reward)

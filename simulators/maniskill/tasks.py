@@ -76,9 +76,3 @@ def no_prompts(task: str) -> Iterator[None]:
 
 def _missing(task: str, what: str, download: str) -> UserError:
     return UserError(f"ManiSkill task '{task}' {what}; run: python -m mani_skill.utils.download_asset {download}")
-
-
-def instruction(task: str) -> str:
-    """The task in words: ManiSkill's tasks carry no language, so the id is spelled out ("PickCube-v1": "pick cube")."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+|\d+", re.sub(r"-v\d+$", "", task))
-    return " ".join(words).lower()

@@ -225,7 +225,12 @@ class Config:
     'Arms that reach.'
 
 def tasks():
-    return ["Reach", "Push"]
+    from embodied_rl.simulators.base import Listing
+
+    return [
+        Listing("Reach", "reach the mark", ("wrist", "base"), 7, 50, "sparse"),
+        Listing("Push", "push it", None, None, None, "dense", missing="the cube: run `get cube`"),
+    ]
 """
 
 
@@ -237,4 +242,8 @@ def test_list_tasks_asks_the_simulators_module(monkeypatch: pytest.MonkeyPatch, 
     assert capsys.readouterr().out.splitlines()[1:] == ["  gone  (not installed)", "  some  Arms that reach."]
     monkeypatch.delitem(registry.simulators._targets, "gone")
     assert main(["list", "simulators", "--tasks"]) == 0
-    assert capsys.readouterr().out.splitlines()[2:] == ["    Reach", "    Push"]
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "    Reach: reach the mark | action 7 | cameras wrist, base | 50 steps | reward sparse",
+        "    Push: push it | action ? | cameras ? | ? steps | reward dense",
+        "        missing: the cube: run `get cube`",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ import pytest
 from embodied_rl.errors import UserError
 from embodied_rl.simulators import vulkan
 from embodied_rl.simulators.base import InitialState
-from embodied_rl.simulators.maniskill import headless, tasks
+from embodied_rl.simulators.maniskill import headless
 from embodied_rl.simulators.maniskill.batched import ManiSkillBatchedEnvironment
-from embodied_rl.simulators.maniskill.config import ManiSkillConfig
-from embodied_rl.simulators.maniskill.config import tasks as registered
+from embodied_rl.simulators.maniskill.config import ManiSkillConfig, instruction
+from embodied_rl.simulators.maniskill.config import tasks as listed
 from embodied_rl.simulators.maniskill.demonstrator import CARRY, ScriptedPickCube, pick_cube
 from embodied_rl.simulators.maniskill.environment import ManiSkillEnvironment
 from embodied_rl.simulators.maniskill.rows import ManiSkillRows
@@ -142,8 +143,29 @@ def test_specs(pick: ManiSkillEnvironment) -> None:
     assert (spec.control, spec.gripper, spec.gripper_open) == ("pd_ee_delta_pos", 3, 1)
     task = pick.tasks[0]
     assert (task.name, task.instruction, task.max_steps, task.has_success) == ("PickCube-v1", "pick cube", 50, True)
-    assert {"PickCube-v1", "PegInsertionSide-v1"} <= set(registered())
-    assert tasks.instruction("PickCubeSO100-v1") == "pick cube so 100"
+    assert instruction("PickCubeSO100-v1") == "pick cube so 100"
+
+
+def test_the_list_of_tasks_is_that_of_the_installed_maniskill(pick: ManiSkillEnvironment) -> None:
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    tasks = {task.name: task for task in listed()}
+    assert {name: task.max_steps for name, task in tasks.items()} == {
+        name: env.max_episode_steps for name, env in REGISTERED_ENVS.items()
+    }
+    listing = tasks["PickCube-v1"]
+    assert (listing.instruction, listing.cameras, listing.action_dim) == ("pick cube", ("base_camera",), 8)
+    assert (*listing.reward.split(", "), "none") == REGISTERED_ENVS["PickCube-v1"].cls.SUPPORTED_REWARD_MODES
+    assert tasks["PegInsertionSide-v1"].cameras == ("base_camera", "hand_camera")
+
+
+def test_a_missing_asset_is_missing_until_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
+    before = {task.name: task.missing for task in listed()}
+    assert "download_asset PickSingleYCB-v1" in before["PickSingleYCB-v1"] and not before["PickCube-v1"]
+    (tmp_path / "data/assets/mani_skill2_ycb").mkdir(parents=True)
+    after = {task.name: task.missing for task in listed()}
+    assert not after["PickSingleYCB-v1"] and after["PickClutterYCB-v1"]
 
 
 def test_holding_an_absolute_controller_keeps_the_joints() -> None:
@@ -244,7 +266,7 @@ def test_demonstrator_solves_its_task(pick: ManiSkillEnvironment) -> None:
     script = ScriptedPickCube()
     for seed in range(8):
         pick.reset(InitialState(0, seed))
-        script.reset(np.array([0]))
+        script.reset(np.array([0]), np.array([0]))
         for _ in range(25):
             _, terminated, _, success = pick.step(script.actions(pick.observe()["state"][None])[0])
             if terminated:

@@ -1,0 +1,89 @@
+"""What it costs to bring images out of a simulator's process: 16 environments, two cameras of 224 x 224, against one
+copy of these bytes within a process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embodied_rl.simulators.base import BatchedEnvironment, InitialState
+from embodied_rl.simulators.reset_schedule import RandomSchedule
+from embodied_rl.simulators.workers import WorkerSimulator
+from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, TaskSpec
+
+NUM_ENVS, SIZE = 16, 224
+CALLS = 200
+"""Per round and side."""
+
+
+class StillLife(BatchedEnvironment):
+    """Costs nothing: what remains is the transport."""
+
+    observation_spec = ObservationSpec(
+        state=8, cameras={name: CameraSpec(SIZE, SIZE) for name in ("agentview", "robot0_eye_in_hand")}
+    )
+    action_spec = ActionSpec(low=(-1.0,) * 7, high=(1.0,) * 7, hold=(0.0,) * 7)
+    tasks = (TaskSpec("still life", "look", 10**9, False, "none"),)
+
+    def __init__(self, num_envs: int) -> None:
+        self.num_envs = num_envs
+        random = np.random.default_rng(0)
+        shape = (num_envs, SIZE, SIZE, 3)
+        self._frame = {"state": np.zeros((num_envs, 8), np.float32)}
+        for name in self.observation_spec.cameras:
+            self._frame[f"image.{name}"] = random.integers(0, 256, shape, np.uint8)
+        self._reward, self._never = np.zeros(num_envs, np.float32), np.zeros(num_envs, bool)
+
+    def reset(self, rows: np.ndarray, states: list[InitialState]) -> None:
+        """Nothing moves."""
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        return self._reward, self._never, self._never, None
+
+    def observe(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        if len(rows) == self.num_envs:
+            return self._frame
+        return {name: array[rows] for name, array in self._frame.items()}
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    """Median of `CALLS` calls."""
+    times = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times)
+
+
+def measure(smoke: bool) -> dict[str, Any]:
+    """{"host_transport_vs_memcpy": time of a chunk of one action over that of a copy of its images}."""
+    target, here = "simulator_benchmarks.transport:StillLife", str(Path(__file__).parents[1])
+    with WorkerSimulator(target, {}, NUM_ENVS, 1, RandomSchedule(0), python_path=[here]) as simulator:
+        source = simulator.reset(tickets=np.arange(NUM_ENVS)).copy()
+        actions = np.zeros((NUM_ENVS, 1, 7), np.float32)
+        images = list(source.images.values())
+        copies = [np.empty_like(image) for image in images]
+
+        def copy() -> None:
+            for image, target in zip(images, copies, strict=True):
+                np.copyto(target, image)
+
+        def step() -> None:
+            simulator.step(actions)
+
+        rounds = [(microseconds(step), microseconds(copy)) for _ in range(5 if smoke else 15)]
+    ratio = statistics.median(ours / floor for ours, floor in rounds)
+    ours, floor = (statistics.median(side) for side in zip(*rounds, strict=True))
+    megabytes = sum(image.nbytes for image in images) / 1e6
+    print(f"{NUM_ENVS} x 2 images {SIZE} x {SIZE} ({megabytes:.1f} MB): {ours:.0f} us hosted, {floor:.0f} us memcpy")
+    return {"host_transport_vs_memcpy": round(ratio, 3)}
+
+
+if __name__ == "__main__":
+    print(measure(smoke=True))
