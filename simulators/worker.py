@@ -202,6 +202,13 @@ def _build(memory: int, order: dict[str, Any]) -> tuple[Rows | BatchedRows, byte
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"'{order['target']}' cannot be loaded with {sys.executable}: {error}") from error
+    try:
+        return _construct(make, memory, order)
+    except ModuleNotFoundError as error:  # adapters import their simulator when they are constructed
+        raise UserError(f"'{order['target']}' does not run with {sys.executable}: {error}") from error
+
+
+def _construct(make: Any, memory: int, order: dict[str, Any]) -> tuple[Rows | BatchedRows, bytes]:
     rows: Rows | BatchedRows
     first: Any
     if isinstance(make, type) and issubclass(make, BatchedEnvironment):

@@ -199,6 +199,10 @@ def test_another_interpreter_runs_the_environments(bare_python: Path) -> None:
         here.reset(tickets=np.arange(2))
         assert_same(there, copied(here.step(np.ones((2, 5, 2), np.float32))))
     assert paths == {bare_python.resolve()}
+    # It has numpy now, but not the simulator.
+    target = "embodied_rl.simulators.maniskill.rows:ManiSkillRows"
+    with pytest.raises(UserError, match=f"'{target}' does not run with {bare_python}: No module named '"):
+        WorkerSimulator(target, {"task": "PickCube-v1"}, 2, 1, SCHEDULE, python=str(bare_python))
 
 
 def children() -> list[int]:
