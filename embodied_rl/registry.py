@@ -78,7 +78,11 @@ class Registry:
 simulators = Registry(
     "simulator",
     "embodied_rl.simulators",
-    {"maniskill": "embodied_rl.simulators.maniskill.config:ManiSkillConfig"},
+    {
+        "libero": "embodied_rl.simulators.libero.config:LiberoConfig",
+        "maniskill": "embodied_rl.simulators.maniskill.config:ManiSkillConfig",
+        "metaworld": "embodied_rl.simulators.metaworld.config:MetaWorldConfig",
+    },
 )
 
 
