@@ -1,0 +1,1 @@
+"""LIBERO as a simulator; see `config.py` for its options."""

@@ -1,0 +1,101 @@
+"""Images of MuJoCo scenes: one OpenGL context per process, always made current before it is used."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import importlib
+import weakref
+from typing import Any
+
+import numpy as np
+
+from embodied_rl.simulators import mujoco_gl
+from embodied_rl.simulators.libero import installed
+
+_WIDTH, _HEIGHT = 640, 480
+
+
+@functools.cache
+def _context() -> Any:
+    """The process's OpenGL context. One is enough, and no scene can draw into another's."""
+    # Not `mujoco.GLContext`, which was chosen when mujoco was imported.
+    context = importlib.import_module(f"mujoco.{mujoco_gl.configure()}").GLContext(_WIDTH, _HEIGHT)
+    atexit.register(_free)  # while the interpreter can still call OpenGL
+    return context
+
+
+def _free() -> None:
+    for upload in list(_uploads.values()):
+        upload.free()
+    _context().free()
+
+
+_uploads: weakref.WeakValueDictionary[bytes, Upload] = weakref.WeakValueDictionary()
+
+
+class Upload:
+    """Meshes and textures in OpenGL; tasks whose scenes hold the same ones share it."""
+
+    def __init__(self, model: Any) -> None:
+        mujoco = installed.mujoco()
+        _context().make_current()
+        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+
+    @classmethod
+    def of(cls, model: Any) -> Upload:
+        """The upload of what `model` shows."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(dir(model)):
+            if name.startswith(("mesh_", "tex_", "hfield_", "skin_", "mat_tex")):
+                digest.update(np.ascontiguousarray(getattr(model, name)).tobytes())
+        digest.update(np.array([model.vis.global_.offwidth, model.vis.global_.offheight]).tobytes())
+        upload = _uploads.get(digest.digest()) or cls(model)
+        _uploads[digest.digest()] = upload
+        return upload
+
+    def free(self) -> None:
+        """Give the memory back; the scenes that share it can no longer be rendered."""
+        _context().make_current()
+        self.context.free()
+
+    def __del__(self) -> None:
+        if self.context is not None:
+            self.free()
+
+
+class Renderer:
+    """The cameras of one scene."""
+
+    def __init__(self, model: Any, cameras: tuple[str, ...], size: int, reflections: bool) -> None:
+        """Square images of `size` pixels. Without `reflections` the stove does not mirror, in half the time."""
+        mujoco = installed.mujoco()
+        self._mujoco, self._model, self._size = mujoco, model, size
+        offscreen = model.vis.global_
+        offscreen.offwidth, offscreen.offheight = max(offscreen.offwidth, size), max(offscreen.offheight, size)
+        self._upload = Upload.of(model)
+        self._scene = mujoco.MjvScene(model, maxgeom=1000)
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = reflections
+        self._option, self._perturbation = mujoco.MjvOption(), mujoco.MjvPerturb()
+        self._option.geomgroup[0] = 0  # collision shapes
+        self._views = {name: mujoco.MjvCamera() for name in cameras}
+        for name, view in self._views.items():
+            view.type, view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera(name).id
+
+    def render(self, data: Any) -> dict[str, np.ndarray]:
+        """{camera: uint8 [size,size,3]}, turned by 180 degrees against how OpenGL stores images, as in the field's
+        datasets. The kinematics of `data` must be up to date."""
+        mujoco, context = self._mujoco, self._upload.context
+        _context().make_current()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+        viewport = mujoco.MjrRect(0, 0, self._size, self._size)
+        images = {}
+        for name, view in self._views.items():
+            everything = mujoco.mjtCatBit.mjCAT_ALL
+            mujoco.mjv_updateScene(self._model, data, self._option, self._perturbation, view, everything, self._scene)
+            mujoco.mjr_render(viewport, self._scene, context)
+            image = np.empty((self._size, self._size, 3), np.uint8)
+            mujoco.mjr_readPixels(image, None, viewport, context)
+            images[name] = np.ascontiguousarray(image[::-1, ::-1])
+        return images
