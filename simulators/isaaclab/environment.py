@@ -91,6 +91,7 @@ class IsaacLabEnvironment(BatchedEnvironment):
         env.episode_length_buf[index] = 0  # direct tasks may draw it, to spread the ends of episodes
         env.scene.write_data_to_sim()
         env.sim.forward()
+        _update_sensors(env)
         with histories.advanced(env, index):
             fresh = (
                 env.observation_manager.compute(update_history=True) if self._managed else env._compute_observations()
@@ -168,6 +169,14 @@ class _Reward:
             self._reached = before | now
             reward = (self._reached & ~before).float().mean(dim=1)
         return reward, _numpy(success)
+
+
+def _update_sensors(env: Any) -> None:
+    """Newton's own sensors follow the bodies only when time passes: after a reset they would show the old pose."""
+    manager = env.sim.physics_manager
+    for kind in ("frame_transform", "imu"):
+        for sensor in getattr(manager, f"_newton_{kind}_sensors", ()):
+            sensor.update(manager.get_state_0())
 
 
 def _make(task: str, cfg: Any) -> Any:

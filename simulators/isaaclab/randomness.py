@@ -14,7 +14,7 @@ def seed_everything(*key: int) -> None:
     """Seed every global generator that Isaac Lab's code draws from (Warp has none), by one number or several."""
     import torch
 
-    seed = key[0] if len(key) == 1 else int(np.random.SeedSequence(key).generate_state(1)[0])
+    seed = int(key[0]) if len(key) == 1 else int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - it is this one that tasks draw from
     torch.manual_seed(seed)  # of all devices

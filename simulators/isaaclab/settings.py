@@ -72,6 +72,7 @@ def _cameras(cfg: Any, newton: bool, images: bool, size: int | None) -> list[str
             continue
         camera.data_types = ["rgb"]
         camera.height, camera.width = size or camera.height, size or camera.width
+        camera.update_latest_camera_pose = True  # else Newton's renderer leaves a wrist camera where a reset put it
         if newton:
             from isaaclab_newton.renderers import NewtonWarpRendererCfg
 
