@@ -80,8 +80,10 @@ simulators = Registry(
     "embodied_rl.simulators",
     {
         "libero": "embodied_rl.simulators.libero.config:LiberoConfig",
+        "gymnasium": "embodied_rl.simulators.gymnasium.config:GymnasiumConfig",
         "maniskill": "embodied_rl.simulators.maniskill.config:ManiSkillConfig",
         "metaworld": "embodied_rl.simulators.metaworld.config:MetaWorldConfig",
+        "mjlab": "embodied_rl.simulators.mjlab.config:MjlabConfig",
     },
 )
 
