@@ -81,6 +81,7 @@ simulators = Registry(
     {
         "libero": "embodied_rl.simulators.libero.config:LiberoConfig",
         "gymnasium": "embodied_rl.simulators.gymnasium.config:GymnasiumConfig",
+        "isaaclab": "embodied_rl.simulators.isaaclab.config:IsaacLabConfig",
         "maniskill": "embodied_rl.simulators.maniskill.config:ManiSkillConfig",
         "metaworld": "embodied_rl.simulators.metaworld.config:MetaWorldConfig",
         "mjlab": "embodied_rl.simulators.mjlab.config:MjlabConfig",
@@ -116,6 +117,7 @@ recipes = Registry(
     "recipe",
     "embodied_rl.recipes",
     {
+        "ppo": "embodied_rl.recipes.from_scratch:ppo",
         "quickstart": "embodied_rl.recipes.quickstart:quickstart",
         "quickstart_ppo": "embodied_rl.recipes.quickstart:quickstart_ppo",
     },
