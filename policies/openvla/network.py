@@ -1,0 +1,149 @@
+"""The network: vision, projector and language model, with the sequence layouts of OpenVLA and OpenVLA-OFT.
+
+Sequence: BOS, patches of every image, (state token,) padding, prompt, actions(, stop). Padding lies before the prompt,
+so that the action positions are the same in every row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from embodied_rl.policies.lora import add_lora
+from embodied_rl.policies.openvla.architecture import Architecture
+from embodied_rl.policies.openvla.heads import Projector, ProprioProjector, RegressionHead
+from embodied_rl.policies.openvla.vision import FusedVision
+
+BOS, STOP = 1, 2
+ACTION_TOKENS = 256
+
+
+class OpenVLANetwork(nn.Module):
+    """Parameters are named as in published checkpoints, but for timm's `gamma` (there `scale_factor`)."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        config = LlamaConfig(**{**architecture.text, "use_cache": False})
+        config._attn_implementation = "sdpa"
+        self.vision_backbone = FusedVision(architecture)
+        if architecture.vision_lora_rank:
+            rank = architecture.vision_lora_rank
+            add_lora(self.vision_backbone, adapted_layers(self.vision_backbone), rank, min(rank, 16))
+        self.projector = Projector(self.vision_backbone.width, config.hidden_size)
+        self.language_model: Any = LlamaForCausalLM(config)
+        if architecture.proprio_dim:
+            self.proprio_projector = ProprioProjector(architecture.proprio_dim, config.hidden_size)
+        if architecture.regression:
+            self.action_head = RegressionHead(config.hidden_size, architecture.action_dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.projector.fc1.weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.language_model.config.hidden_size
+
+    @property
+    def pad_token(self) -> int:
+        """Its embedding is never attended to."""
+        return self.language_model.config.pad_token_id
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B,L] -> [B,L,hidden]."""
+        return self.language_model.model.embed_tokens(tokens)
+
+    def prefix(
+        self, pixels: Tensor, prompt: Tensor, state: Tensor | None = None, stop_token: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings [B,S,hidden] of everything before the actions, and which of them are valid, bool [B,S].
+
+        pixels: [B,images,6,size,size], both normalisations of every image.
+        prompt: int64 [B,L], left-padded token ids without BOS.
+        state: normalised, [B,proprio_dim].
+        stop_token: the sequence will end in one, which FiLM's mean over the text counts.
+        """
+        valid = prompt != self.pad_token
+        text = self.embed(prompt)
+        bos = self.embed(torch.full_like(prompt[:, :1], BOS))
+        instruction = None
+        if self.architecture.film:
+            around = [bos[:, 0], self.embed(torch.full_like(prompt[:, 0], STOP))][: 1 + stop_token]
+            total = (text * valid[..., None]).sum(1) + sum(around)
+            instruction = total / (valid.sum(1, keepdim=True) + len(around)).to(total.dtype)
+        parts = [bos, self.see(pixels, instruction)]
+        if state is not None:
+            parts.append(self.proprio_projector(state.to(self.dtype))[:, None])
+        ahead = torch.cat(parts, 1)
+        return torch.cat([ahead, text], 1), torch.cat([valid.new_ones(ahead.shape[:2]), valid], 1)
+
+    def see(self, pixels: Tensor, instruction: Tensor | None = None) -> Tensor:
+        """Projected patches [B,images*patches,hidden]."""
+        return self.projector(self.patch_features(pixels, instruction))
+
+    def patch_features(self, pixels: Tensor, instruction: Tensor | None = None) -> Tensor:
+        """[B,images*patches,vision width]."""
+        batch, images = pixels.shape[:2]
+        if instruction is not None:
+            instruction = instruction.repeat_interleave(images, 0)
+        dino, siglip = pixels.to(self.dtype).flatten(0, 1).split(3, 1)
+        return self.vision_backbone(dino, siglip, instruction).unflatten(0, (batch, images)).flatten(1, 2)
+
+    def hidden(
+        self, embeddings: Tensor, valid: Tensor, causal: bool, cache: Any = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states [B,Q,hidden] of `embeddings` [B,Q,hidden].
+
+        valid: bool [B,S] over all keys, S = Q without a cache. With a cache, keys beyond S are not there yet.
+        causal: else every query sees every valid key.
+        positions: the first query's place in the sequence of keys, [B,Q]; 0..Q-1 when None.
+        """
+        places = torch.arange(embeddings.shape[1], device=valid.device) if positions is None else positions
+        sees = valid[:, None, :]
+        if causal:
+            sees = sees & (torch.arange(valid.shape[1], device=valid.device) <= places[:, None])
+        # a padding query with nothing to see would be NaN; BOS is always valid, and comes first
+        mask = torch.zeros(sees.shape, dtype=embeddings.dtype, device=valid.device)
+        mask = mask.masked_fill(~sees, torch.finfo(embeddings.dtype).min)[:, None].expand(
+            -1, -1, embeddings.shape[1], -1
+        )
+        rotary = (valid.cumsum(1) - 1).clamp_min(0)[:, places]
+        output = self.language_model.model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=rotary,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor, actions_only: bool) -> Tensor:
+        """float32 [...,256] over the action tokens V-256 .. V-1, or [...,vocabulary with padding] over all tokens."""
+        weight = self.language_model.lm_head.weight
+        if actions_only:
+            end = self.architecture.vocabulary
+            weight = weight[end - ACTION_TOKENS : end]
+        return F.linear(hidden, weight).float()
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute activations in the backward pass."""
+        for transformer in (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer):
+            transformer.set_grad_checkpointing(on)
+        if on:
+            self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.language_model.gradient_checkpointing_disable()
+
+
+def adapted_layers(vision: nn.Module) -> list[str]:
+    """The layers that OpenVLA-OFT's fine-tuning adapts: linear and convolution, not FiLM's own."""
+    return [
+        name
+        for name, layer in vision.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not name.endswith((".scale", ".shift"))
+    ]
