@@ -79,8 +79,8 @@ simulators = Registry(
     "simulator",
     "embodied_rl.simulators",
     {
-        "libero": "embodied_rl.simulators.libero.config:LiberoConfig",
         "gymnasium": "embodied_rl.simulators.gymnasium.config:GymnasiumConfig",
+        "libero": "embodied_rl.simulators.libero.config:LiberoConfig",
         "isaaclab": "embodied_rl.simulators.isaaclab.config:IsaacLabConfig",
         "maniskill": "embodied_rl.simulators.maniskill.config:ManiSkillConfig",
         "metaworld": "embodied_rl.simulators.metaworld.config:MetaWorldConfig",

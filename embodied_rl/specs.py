@@ -17,7 +17,17 @@ from embodied_rl.types import Observation
 
 CAMERA_ALIASES: tuple[frozenset[str], ...] = (
     frozenset(
-        {"base_camera", "agentview", "agentview_image", "primary", "third_person", "front", "image", "base_0_rgb"}
+        {
+            "base_camera",
+            "agentview",
+            "agentview_image",
+            "corner2",
+            "primary",
+            "third_person",
+            "front",
+            "image",
+            "base_0_rgb",
+        }
     ),
     frozenset({"hand_camera", "robot0_eye_in_hand", "wrist", "wrist_image", "eye_in_hand", "left_wrist_0_rgb"}),
 )
@@ -67,6 +77,9 @@ class ActionSpec:
     """Index of the gripper dimension, None without one."""
     gripper_open: Literal[1, -1] = 1
     """Sign that opens the gripper."""
+    choices: int = 0
+    """Number of discrete choices, 0 for continuous actions. With choices A = 1 and an action holds the index of the
+    choice, 0 to choices - 1, which are also `low` and `high`."""
 
     @property
     def dim(self) -> int:
@@ -194,6 +207,9 @@ def _action_conversions(simulator: ActionSpec, policy: ActionSpec, names: list[s
             simulator,
             policy,
         )
+    if policy.choices != simulator.choices:
+        has, needs = (f"{n} choices" if n else "continuous actions" for n in (simulator.choices, policy.choices))
+        raise _misfit(f"the policy gives {needs}, the simulator takes {has}", simulator, policy)
     convert: list[Convert] = []
     low, high = (np.array(bound, np.float64) for bound in (policy.low, policy.high))
     if policy.gripper is not None:

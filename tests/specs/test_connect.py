@@ -194,3 +194,13 @@ def test_actions_that_do_not_fit(changes: dict, message: str) -> None:
     with pytest.raises(SpecError, match=message) as error:
         connect(STATE, ARM, STATE, policy)
     assert repr(ARM) in str(error.value) and repr(policy) in str(error.value)
+
+
+def test_choices_are_for_policies_that_choose_among_as_many() -> None:
+    two, three = (ActionSpec((0.0,), (n - 1.0,), (0.0,), choices=n) for n in (2, 3))
+    picked = np.array([[[1.0]]], np.float32)
+    assert connect(STATE, two, STATE, two).action(picked) is picked
+    with pytest.raises(SpecError, match="the policy gives 3 choices, the simulator takes 2 choices"):
+        connect(STATE, two, STATE, three)
+    with pytest.raises(SpecError, match="the policy gives continuous actions, the simulator takes 2 choices"):
+        connect(STATE, two, STATE, replace(two, choices=0))

@@ -1,0 +1,1 @@
+"""Any registered Gymnasium environment with Box or Discrete actions, one process for several of them."""
