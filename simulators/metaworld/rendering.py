@@ -1,36 +1,64 @@
-"""Images of MetaWorld, one renderer per task and process.
+"""Images of MetaWorld: one OpenGL context per process, in which each task's meshes and textures are kept once.
 
-A renderer holds an OpenGL context with the meshes and textures of its model. Models of one task differ only in where
-things are, which comes from the data, so that all environments of a process share the renderer of a task. MuJoCo's
-`Renderer` makes its own context current before it draws; gymnasium's does not, and environments that draw in turn get
-each other's images (Metaworld#448, Gymnasium#736).
+Models of one task differ only in where things are, which comes from the data, so that all environments of a process
+draw with the same. Gymnasium's renderers, which MetaWorld uses, do not make their context current and get each other's
+images when several draw in turn (Metaworld#448, Gymnasium#736).
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
+import importlib
 from typing import Any
 
 import numpy as np
 
+from embodied_rl.simulators import mujoco_gl
+
 CAMERA = "corner2"
 
+_uploads: dict[tuple[str, int], tuple[Any, Any]] = {}
+"""{(task, image size): (its meshes and textures in OpenGL, the scene to fill)}."""
 
-_renderers: dict[tuple[str, int], Any] = {}
+
+@functools.cache
+def _context() -> Any:
+    # Not `mujoco.GLContext`, which was chosen when mujoco was imported. Its own size does not matter.
+    context = importlib.import_module(f"mujoco.{mujoco_gl.configure()}").GLContext(64, 64)
+    atexit.register(_end)
+    return context
+
+
+def _end() -> None:
+    """While the interpreter can still call OpenGL."""
+    close()
+    _context.cache_clear()
 
 
 def image(name: str, model: Any, data: Any, size: int) -> np.ndarray:
     """uint8 [size,size,3] of task `name` as `data` stands."""
-    import mujoco
-
-    renderer = _renderers.get((name, size))
-    if renderer is None:
-        renderer = _renderers[name, size] = mujoco.Renderer(model, size, size)
-    renderer.update_scene(data, CAMERA)
-    # The camera hangs upside down.
-    return renderer.render()[::-1, ::-1].copy()
+    mujoco: Any = importlib.import_module("mujoco")
+    _context().make_current()
+    if (name, size) not in _uploads:
+        offscreen = model.vis.global_
+        offscreen.offwidth, offscreen.offheight = max(offscreen.offwidth, size), max(offscreen.offheight, size)
+        context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        _uploads[name, size] = context, mujoco.MjvScene(model, maxgeom=1000)
+    context, scene = _uploads[name, size]
+    view, everything = mujoco.MjvCamera(), mujoco.mjtCatBit.mjCAT_ALL
+    view.type, view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera(CAMERA).id
+    mujoco.mjv_updateScene(model, data, mujoco.MjvOption(), mujoco.MjvPerturb(), view, everything, scene)
+    mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+    viewport, pixels = mujoco.MjrRect(0, 0, size, size), np.empty((size, size, 3), np.uint8)
+    mujoco.mjr_render(viewport, scene, context)
+    mujoco.mjr_readPixels(pixels, None, viewport, context)
+    # OpenGL's first row is at the bottom and the camera hangs upside down: what remains is to exchange left and right.
+    return np.ascontiguousarray(pixels[:, ::-1])
 
 
 def close() -> None:
-    """Release all renderers of this process; those still needed come back when they are."""
-    while _renderers:
-        _renderers.popitem()[1].close()
+    """Give the memory back; what is still needed is made again."""
+    while _uploads:
+        _context().make_current()
+        _uploads.popitem()[1][0].free()
