@@ -50,20 +50,26 @@ def listings() -> list[Listing]:
     import gymnasium
 
     import_providers()
-    specs = [spec for _, spec in sorted(gymnasium.registry.items()) if spec.entry_point is not None]
+    specs = [spec for _, spec in sorted(gymnasium.registry.items()) if _runs_alone(spec.entry_point)]
     return [
         Listing(each.id, instruction(each.id), None, None, each.max_episode_steps, "its own", missing(each))
         for each in specs
     ]
 
 
+def _runs_alone(entry: Any) -> bool:
+    """Not those that come only as vector environments, nor functions of Gymnasium's own, which keep an old name and
+    raise."""
+    return isinstance(entry, str) or (
+        entry is not None and not getattr(entry, "__module__", "").startswith("gymnasium.envs")
+    )
+
+
 def missing(spec: Any) -> str:
     """The package that an environment lacks, as far as that shows without building it."""
-    entry = spec.entry_point
-    if not isinstance(entry, str):  # a function: in Gymnasium itself, one that only raises
-        gone = getattr(entry, "__module__", "").startswith("gymnasium.envs")
-        return f"Gymnasium keeps no more than the name {spec.id}: use a later version" if gone else ""
-    module, _, name = entry.partition(":")
+    if not isinstance(spec.entry_point, str):
+        return ""
+    module, _, name = spec.entry_point.partition(":")
     if name.startswith("MujocoPy") or re.search(r"_v[23]$", module):
         return f"mujoco_py is not installed, nor maintained: use a later version of {spec.id}"
     for place, (needed, remedy) in _NEEDS.items():

@@ -40,6 +40,7 @@ class MetaWorldEnvironment(Environment):
         end_on_success: bool = True,
         max_steps: int = 500,
         image_size: int = 224,
+        shadows: bool = True,
     ) -> None:
         self._images = observation != "state"
         if self._images:
@@ -48,7 +49,7 @@ class MetaWorldEnvironment(Environment):
         self._sparse = reward == "sparse"
         self._end_on_success = end_on_success
         self._max_steps = max_steps
-        self._size = image_size
+        self._size, self._shadows = image_size, shadows
         self._scene: Scene | None = None
         self._env: Any = None
         self._steps = 0
@@ -97,7 +98,8 @@ class MetaWorldEnvironment(Environment):
         if self._images and self._scene:
             scene = self._scene
             scene.mujoco.mj_forward(scene.model, scene.data)  # places what a step leaves aside: cameras and lights
-            frame[f"image.{rendering.CAMERA}"] = rendering.image(scene.name, scene.model, scene.data, self._size)
+            picture = rendering.image(scene.name, scene.model, scene.data, self._size, self._shadows)
+            frame[f"image.{rendering.CAMERA}"] = picture
         return frame
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ def _end() -> None:
     _context.cache_clear()
 
 
-def image(name: str, model: Any, data: Any, size: int) -> np.ndarray:
+def image(name: str, model: Any, data: Any, size: int, shadows: bool) -> np.ndarray:
     """uint8 [size,size,3] of task `name` as `data` stands."""
     mujoco: Any = importlib.import_module("mujoco")
     _context().make_current()
@@ -46,6 +46,7 @@ def image(name: str, model: Any, data: Any, size: int) -> np.ndarray:
         context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         _uploads[name, size] = context, mujoco.MjvScene(model, maxgeom=1000)
     context, scene = _uploads[name, size]
+    scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
     view, everything = mujoco.MjvCamera(), mujoco.mjtCatBit.mjCAT_ALL
     view.type, view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera(CAMERA).id
     mujoco.mjv_updateScene(model, data, mujoco.MjvOption(), mujoco.MjvPerturb(), view, everything, scene)

@@ -45,9 +45,11 @@ def test_contract_with_states(hosted: bool, placements: Any) -> None:
 
 @pytest.mark.parametrize("hosted", [False, True])
 def test_contract_with_images(hosted: bool) -> None:
-    config = MetaWorldConfig(("reach-v3",), "rgb", image_size=64, max_steps=4, num_envs=1 + hosted, workers=1)
+    config = MetaWorldConfig(
+        ("reach-v3",), "rgb", image_size=64, max_steps=2, shadows=False, num_envs=1 + hosted, workers=1
+    )
     with build(config, hosted) as simulator:
-        check(simulator, steps=3)
+        check(simulator, steps=2)
 
 
 def test_the_same_episodes_hosted_or_not_alone_or_not_in_chunks_or_not() -> None:
@@ -170,6 +172,21 @@ def test_the_first_image_shows_the_goal_where_it_is() -> None:
     assert not np.array_equal(env.observe()["image.corner2"], before)
     assert np.array_equal(env._env.data.site("goal").xpos, env._env._target_pos)
     env.close()
+
+
+def test_images_without_shadows_and_larger_than_mujocos_buffer() -> None:
+    lit, flat = (MetaWorldEnvironment(["reach-v3"], "state+rgb", image_size=500, shadows=on) for on in (True, False))
+    images = []
+    for env in (lit, flat):
+        env.reset(InitialState(0, 1))
+        frame = env.observe()
+        assert frame["state"].shape == (39,)
+        images.append(frame["image.corner2"])
+    assert images[0].shape == (500, 500, 3)
+    assert not np.array_equal(*images)
+    assert np.array_equal(lit.observe()["image.corner2"], images[0])
+    lit.close()
+    flat.close()
 
 
 def test_observations() -> None:
