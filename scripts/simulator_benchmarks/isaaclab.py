@@ -118,7 +118,7 @@ def serve(task: str, num_envs: int) -> None:
         cfg.commands.ee_pose.debug_vis = False
         cfg.observations.policy.enable_corruption = False  # ours has no noise either
     with launch_simulation(cfg, {}):
-        env = gymnasium.make(task, cfg=cfg).unwrapped
+        env: Any = gymnasium.make(task, cfg=cfg).unwrapped
         env.reset(seed=0)
         size = env.single_action_space.shape[0]
         env.step(torch.zeros(num_envs, size))

@@ -46,14 +46,15 @@ class Reference:
         self._process.wait(30)
 
 
-def check_against_isaac_lab(task: str, numbers: dict[str, np.ndarray], limit: int) -> None:
+def check_against_isaac_lab(task: str, numbers: dict[str, np.ndarray], limit: int, first: int = 0) -> None:
     """Up to its end every episode of the adapter, one of three side by side, has the numbers of Isaac Lab's own
-    environment, alone and without the time limit; the final observation is the one at that end."""
+    environment, alone and without the time limit; the final observation is the one at that end. Observations count from
+    `first`, the number of steps after which Isaac Lab's own can be trusted."""
     difference = 0.0
     for row, valid in enumerate(numbers["isaac valid"]):
         steps = min(int(valid.sum()), limit)
         pairs = [
-            (numbers["isaac state"][row, : steps + 1], numbers["state"][row, : steps + 1]),
+            (numbers["isaac state"][row, first : steps + 1], numbers["state"][row, first : steps + 1]),
             (numbers["isaac reward"][row, :steps], numbers["reward"][row, :steps]),
             (numbers["isaac state"][row, steps], numbers["final"][row]),
         ]

@@ -96,8 +96,6 @@ def isaac_lab(task: str) -> dict[str, np.ndarray]:
     with launch_simulation(cfg, {}):
         env = gymnasium.make(task, cfg=cfg).unwrapped
         for row, (seed, todo) in enumerate(zip(SEEDS, actions(task), strict=True)):
-            env.reset(seed=seed)
-            # Its frame sensors show the pose before the reset until time passes; the adapter's show the new one.
             states.append([numbers(env.reset(seed=seed)[0])])
             for k, action in enumerate(todo):
                 observation, reward, terminated, truncated, extras = env.step(torch.from_numpy(action[None]))
