@@ -6,6 +6,8 @@ so that the action positions are the same in every row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,10 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from embodied_rl.policies.lora import add_lora
 from embodied_rl.policies.openvla.architecture import Architecture
 from embodied_rl.policies.openvla.heads import Projector, ProprioProjector, RegressionHead
+from embodied_rl.policies.openvla.prompts import BOS
+from embodied_rl.policies.openvla.tokens import ACTION_TOKENS
 from embodied_rl.policies.openvla.vision import FusedVision
 
-BOS, STOP = 1, 2
-ACTION_TOKENS = 256
+STOP = 2
 
 
 class OpenVLANetwork(nn.Module):
@@ -94,16 +97,13 @@ class OpenVLANetwork(nn.Module):
         dino, siglip = pixels.to(self.dtype).flatten(0, 1).split(3, 1)
         return self.vision_backbone(dino, siglip, instruction).unflatten(0, (batch, images)).flatten(1, 2)
 
-    def hidden(
-        self, embeddings: Tensor, valid: Tensor, causal: bool, cache: Any = None, positions: Tensor | None = None
-    ) -> Tensor:
-        """Last hidden states [B,Q,hidden] of `embeddings` [B,Q,hidden].
+    def hidden(self, embeddings: Tensor, valid: Tensor, causal: bool, cache: Any = None, first: int = 0) -> Tensor:
+        """Last hidden states [B,Q,hidden] of `embeddings` [B,Q,hidden], the queries first .. first + Q - 1.
 
-        valid: bool [B,S] over all keys, S = Q without a cache. With a cache, keys beyond S are not there yet.
+        valid: bool [B,S] over all keys, S = Q without a cache and the cache's length with one.
         causal: else every query sees every valid key.
-        positions: the first query's place in the sequence of keys, [B,Q]; 0..Q-1 when None.
         """
-        places = torch.arange(embeddings.shape[1], device=valid.device) if positions is None else positions
+        places = torch.arange(first, first + embeddings.shape[1], device=valid.device)
         sees = valid[:, None, :]
         if causal:
             sees = sees & (torch.arange(valid.shape[1], device=valid.device) <= places[:, None])
@@ -129,6 +129,21 @@ class OpenVLANetwork(nn.Module):
             end = self.architecture.vocabulary
             weight = weight[end - ACTION_TOKENS : end]
         return F.linear(hidden, weight).float()
+
+    @contextmanager
+    def caching(self) -> Iterator[None]:
+        """Keys and values can be cached; a network in train mode that recomputes activations would lose them."""
+        training = self.language_model.training
+        self.language_model.eval()
+        try:
+            yield
+        finally:
+            self.language_model.train(training)
+
+    def restore_buffers(self) -> None:
+        """Rebuild what no checkpoint holds, after a construction on the meta device."""
+        model = self.language_model.model
+        model.rotary_emb = type(model.rotary_emb)(model.config)
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass."""

@@ -48,7 +48,7 @@ class FusedVision(nn.Module):
 
 def features(transformer: Any, pixels: Tensor, instruction: Tensor | None) -> Tensor:
     """Patch tokens [B,patches,width] after the second to last block."""
-    last = len(transformer.blocks) - 2
+    last: int = len(transformer.blocks) - 2
     if instruction is None:
         return transformer.forward_intermediates(
             pixels, indices=[last], norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True

@@ -1,0 +1,94 @@
+"""OpenVLA-OFT: all dimensions of all H actions are decoded at once, every position seeing every other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from embodied_rl.policies.base import Inputs
+from embodied_rl.policies.openvla.config import OpenVLAOFTConfig
+from embodied_rl.policies.openvla.network import STOP
+from embodied_rl.policies.openvla.policy import OpenVLAPolicy
+from embodied_rl.policies.openvla.token_policy import TokenPolicy
+from embodied_rl.randomness import RowNoise
+from embodied_rl.types import ActionSample, Score
+
+
+def parallel_hidden(policy: OpenVLAPolicy, inputs: Inputs) -> Tensor:
+    """[B,H*A,hidden]. Action positions hold zeros, and what belongs to one is read a position earlier, as trained; so
+    the first is the prompt's last token, and nothing here depends on which actions are chosen."""
+    assert isinstance(policy.config, OpenVLAOFTConfig)
+    network, stop = policy.network, policy.config.stop_token
+    embeddings, valid = policy.prefix(inputs, stop)
+    rows, length, width = embeddings.shape
+    terms = policy.horizon * policy.architecture.action_dim
+    parts = [embeddings, embeddings.new_zeros(rows, terms, width)]
+    if stop:
+        parts.append(network.embed(torch.full((rows, 1), STOP, device=embeddings.device)))
+    valid = F.pad(valid, (0, terms + stop), value=True)
+    hidden = network.hidden(torch.cat(parts, 1), valid, causal=False)
+    return hidden[:, length - 1 : length - 1 + terms]
+
+
+class ParallelPolicy(TokenPolicy):
+    """Discrete tokens, one forward pass for a chunk. Only the K executed actions' tokens are drawn and scored."""
+
+    def __init__(self, config: OpenVLAOFTConfig, *arguments, **options) -> None:
+        self.convention = f"openvla_oft_{config.normalization}"
+        super().__init__(config, *arguments, **options)
+        self.chunk = config.chunk or self.horizon
+
+    @torch.no_grad()
+    def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
+        terms = self.chunk * self.action_spec.dim
+        hidden = parallel_hidden(self, inputs)[:, :terms]
+        value = None if self.value_head is None else self._value(hidden[:, 0])
+        logits, distribution = self.logits(hidden), self.distribution
+        if deterministic:
+            return ActionSample(self.actions(distribution.likeliest(logits)), {}, None, value)
+        trace, log_prob = distribution.draw(logits, self._uniform(len(hidden), terms, noise))
+        return ActionSample(self.actions(trace["tokens"]), trace, log_prob, value)
+
+    def hidden(self, inputs: Inputs, tokens: Tensor | None = None) -> Tensor:
+        return parallel_hidden(self, inputs)[:, : 1 if tokens is None else tokens.shape[1]]
+
+
+class RegressionPolicy(OpenVLAPolicy):
+    """The L1 head: deterministic, hence without log-probs. For imitation, and for off-policy methods by `sample`."""
+
+    def __init__(self, config: OpenVLAOFTConfig, *arguments, **options) -> None:
+        self.convention = f"openvla_oft_{config.normalization}"
+        super().__init__(config, *arguments, **options)
+        self.chunk = config.chunk or self.horizon
+
+    @torch.no_grad()
+    def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
+        hidden = parallel_hidden(self, inputs)
+        value = None if self.value_head is None else self._value(hidden[:, 0])
+        actions = self.to_simulator(self.network.action_head(hidden)[:, : self.chunk])
+        return ActionSample(actions, {}, None, value)
+
+    def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
+        raise TypeError("an L1 regression head gives actions no probability; use a checkpoint with discrete tokens")
+
+    def value(self, inputs: Inputs) -> Tensor:
+        return self._value(parallel_hidden(self, inputs)[:, 0])
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """[B,hidden], the state at the prompt's last token, float32."""
+        with torch.no_grad():
+            return parallel_hidden(self, inputs)[:, 0].float()
+
+    def sample(self, inputs: Inputs) -> Tensor:
+        """Actions [B,H,A], differentiable within the bounds; the gripper's is not rounded."""
+        return self._bounded(
+            self.action_normaliser.unnormalise(self.network.action_head(parallel_hidden(self, inputs)))
+        )
+
+    def imitation_loss(self, inputs: Inputs, actions: Tensor, valid: Tensor) -> Tensor:
+        """[B], the mean absolute error of the valid steps' normalised actions."""
+        keep = valid[..., None]
+        target = self.action_normaliser.normalise(torch.where(keep, actions, 0.0)).float()
+        error = (self.network.action_head(parallel_hidden(self, inputs)).float() - target).abs()
+        return torch.where(keep, error, 0.0).sum((1, 2)) / (valid.sum(1) * actions.shape[-1]).clamp_min(1)

@@ -1,0 +1,191 @@
+"""What the OpenVLA policies share: observations to inputs, normalised actions to the simulator's, values, imitation,
+freezing and adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embodied_rl.errors import SpecError, UserError
+from embodied_rl.policies.base import Inputs, Policy
+from embodied_rl.policies.lora import add_lora, linear_layers
+from embodied_rl.policies.normalization import Normaliser
+from embodied_rl.policies.openvla.architecture import Architecture
+from embodied_rl.policies.openvla.checkpoint import Checkpoint, load_network, save_network, statistics_key
+from embodied_rl.policies.openvla.config import OpenVLAConfig
+from embodied_rl.policies.openvla.heads import token_value_head
+from embodied_rl.policies.openvla.network import OpenVLANetwork
+from embodied_rl.policies.openvla.preprocessing import ImageProcessor, Preprocessing
+from embodied_rl.policies.openvla.prompts import Prompts, Tokenize, llama_bytes, local_tokenizer
+from embodied_rl.specs import CAMERA_ALIASES, ActionSpec, CameraSpec, ObservationSpec
+from embodied_rl.types import Observation
+
+GROUP_OF = {
+    "vision_backbone": "vision",
+    "projector": "projector",
+    "proprio_projector": "projector",
+    "language_model": "language",
+    "action_head": "heads",
+}
+LORA_PARTS = ("vision_backbone", "projector", "language_model")
+
+
+class OpenVLAPolicy(Policy):
+    """Inputs: "images" uint8 [B,cameras,S,S,3], resized and cropped; "prompt" int64 [B,prompt_length]; "state" float32
+    [B,proprio_dim] where the network takes one.
+
+    When the statistics leave the simulator's gripper dimension unscaled, it is the data sets' gripper: 0 closed, 1
+    open, executed as one of both.
+    """
+
+    convention: str
+    """Of the action statistics, a name in `normalization.CONVENTIONS`."""
+
+    def __init__(
+        self,
+        config: OpenVLAConfig,
+        architecture: Architecture,
+        checkpoint: Checkpoint | None,
+        observation_spec: ObservationSpec,
+        action_spec: ActionSpec,
+        tokenize: Tokenize | None = None,
+    ) -> None:
+        """`tokenize` replaces the checkpoint's tokenizer."""
+        super().__init__()
+        self.config = config
+        self.architecture = architecture
+        self.checkpoint = checkpoint
+        self.horizon = self.chunk = architecture.horizon
+        dtype = getattr(torch, config.dtype)
+        if checkpoint is None:
+            self.network = OpenVLANetwork(architecture).to(dtype)
+            self.processor = ImageProcessor(architecture.image_size)
+        else:
+            self.network = load_network(checkpoint, architecture, dtype)
+            self.processor = checkpoint.processor
+        self.action_normaliser = Normaliser(self.convention, architecture.action_dim)
+        self.state_normaliser = Normaliser(self.convention, architecture.proprio_dim)
+        if checkpoint is not None:
+            self._fit(checkpoint)
+        self.value_head = token_value_head(self.network.hidden_size) if config.value_head else None
+        self.observation_spec = _observation_spec(config.cameras, architecture.proprio_dim, observation_spec)
+        self.action_spec = self._action_spec(action_spec)
+        if tokenize is None:
+            tokenize = llama_bytes if checkpoint is None else local_tokenizer(checkpoint.folder)
+        pad = self.network.pad_token
+        self.prompts = Prompts(tokenize, config.prompt, config.prompt_length, pad, config.empty_token)
+        self.preprocessing = Preprocessing(config.resize, config.center_crop)
+        self._choose_trained()
+        self.network.set_checkpointing(config.gradient_checkpointing)
+
+    # -- observations and actions --------------------------------------------------------------------------------
+
+    def prepare(self, observation: Observation) -> Inputs:
+        """A row without one of the cameras sees black there."""
+        size = self.processor.size
+        images = np.zeros((len(observation), len(self.observation_spec.cameras), size, size, 3), np.uint8)
+        for place, camera in enumerate(self.observation_spec.cameras):
+            for row in np.flatnonzero(observation.image_mask[camera]):
+                images[row, place] = self.preprocessing(observation.images[camera][row], self.processor)
+        inputs = {"images": torch.from_numpy(images), "prompt": torch.from_numpy(self.prompts(observation.texts()))}
+        if self.architecture.proprio_dim:
+            inputs["state"] = torch.tensor(observation.state, dtype=torch.float32)
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def prefix(self, inputs: Inputs, stop_token: bool = False) -> tuple[Tensor, Tensor]:
+        """Embeddings [B,S,hidden] of everything before the actions, and which are valid [B,S]."""
+        state = self.state_normaliser.normalise(inputs["state"]) if "state" in inputs else None
+        return self.network.prefix(self.processor.normalise(inputs["images"]), inputs["prompt"], state, stop_token)
+
+    def _value(self, hidden: Tensor) -> Tensor:
+        """V [B] of the states [B,hidden] at the prompt's last token."""
+        if self.value_head is None:
+            raise TypeError("this policy was configured without a value head; set value_head")
+        return self.value_head(hidden.float())
+
+    def to_simulator(self, normalised: Tensor) -> Tensor:
+        """Normalised actions [B,*,A] -> executable ones, float32."""
+        actions = self.action_normaliser.unnormalise(normalised)
+        gripper = self.action_spec.gripper
+        if gripper is not None:
+            actions[..., gripper] = (actions[..., gripper] > 0.5).to(actions.dtype)
+        return self._bounded(actions)
+
+    def _bounded(self, actions: Tensor) -> Tensor:
+        low, high = (
+            torch.tensor(bound, device=actions.device) for bound in (self.action_spec.low, self.action_spec.high)
+        )
+        return torch.clamp(actions.float(), low, high)
+
+    # -- what is trained -----------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """ "vision", "projector", "language", "heads", "value"; an empty group is left out."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            owner, part = name.split(".")[:2]
+            groups.setdefault("value" if owner == "value_head" else GROUP_OF[part], []).append(parameter)
+        return groups
+
+    def _choose_trained(self) -> None:
+        if self.config.lora_rank:
+            adapted = LORA_PARTS[1:] if self.architecture.vision_lora_rank else LORA_PARTS
+            for part in adapted:
+                module = getattr(self.network, part)
+                layers = [name for name in linear_layers(module) if name != "lm_head"]
+                add_lora(module, layers, self.config.lora_rank, self.config.lora_alpha)
+        groups = self.parameter_groups()
+        for group in self.config.frozen:
+            for parameter in groups.get(group, ()):
+                parameter.requires_grad_(False)
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint folder in the layout, names and precision of the one it was loaded from, adapters merged.
+        The value head is not part of it. Raises `UserError` for a policy that was not loaded from one."""
+        if self.checkpoint is None:
+            raise UserError("a policy of random weights has no checkpoint layout to be saved in; load one first")
+        save_network(self.network, self.checkpoint, Path(folder))
+
+    def _fit(self, checkpoint: Checkpoint) -> None:
+        source = f"{checkpoint.folder / 'dataset_statistics.json'}"
+        key = statistics_key(checkpoint.statistics, self.config.unnorm_key, source)
+        statistics = checkpoint.statistics[key]
+        for kind, normaliser in {"action": self.action_normaliser, "proprio": self.state_normaliser}.items():
+            if kind == "action" or self.architecture.proprio_dim:
+                if kind not in statistics:
+                    raise UserError(f"{source}: '{key}' has no statistics '{kind}'")
+                normaliser.fit(statistics[kind], f"{source}, '{key}', '{kind}'")
+
+    def _action_spec(self, spec: ActionSpec) -> ActionSpec:
+        if spec.dim != self.architecture.action_dim:
+            raise SpecError(
+                f"the network's actions have {self.architecture.action_dim} dimensions, not {spec.dim}: {spec}"
+            )
+        if spec.gripper is None or self.action_normaliser.mask[spec.gripper]:
+            return replace(spec, gripper=None, gripper_open=1, control="")
+        low, high, hold = list(spec.low), list(spec.high), list(spec.hold)
+        low[spec.gripper], high[spec.gripper] = 0.0, 1.0
+        return replace(spec, low=tuple(low), high=tuple(high), hold=tuple(hold), gripper_open=1, control="")
+
+
+def _observation_spec(cameras: tuple[str, ...], state: int, simulator: ObservationSpec) -> ObservationSpec:
+    """Images at the simulator's own size, upright: the published preprocessing does the rest."""
+    views = {name: _view(name, simulator) for name in cameras}
+    return ObservationSpec(
+        state=state, cameras={name: CameraSpec(view.height, view.width) for name, view in views.items()}
+    )
+
+
+def _view(name: str, simulator: ObservationSpec) -> CameraSpec:
+    group = next((group for group in CAMERA_ALIASES if name in group), frozenset())
+    same = [name] if name in simulator.cameras else [camera for camera in simulator.cameras if camera in group]
+    if len(same) != 1:
+        has = ", ".join(simulator.cameras) or "none; choose observations with images"
+        raise SpecError(f"the policy sees through camera '{name}', the simulator has {has}: set the policy's cameras")
+    return simulator.cameras[same[0]]
