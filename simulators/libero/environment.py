@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 from collections import OrderedDict
@@ -36,8 +37,14 @@ def built(task: suites.Task, image_size: int | None, reflections: bool, keep: in
             _built.popitem(last=False)
         gc.collect()  # robosuite's objects refer to each other in circles
         _built[key] = Scene(*key)
+        _return_memory()
     _built.move_to_end(key)
     return _built[key]
+
+
+def _return_memory() -> None:
+    # Reading a scene takes a hundred megabytes more than keeping it; glibc keeps them to itself unless told.
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 class LiberoEnvironment(Environment):
