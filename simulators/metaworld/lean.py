@@ -84,15 +84,13 @@ class LeanTask:
     def _reset_hand(self: Any, steps: int = 50) -> None:
         """The opening moves do not depend on the episode as long as nothing was placed: they are made once."""
         scene = self.scene
-        if self.settles and not (scene.settled and scene.as_compiled()):
-            super()._reset_hand(steps)  # pyright: ignore[reportAttributeAccessIssue]
-            if scene.settled is None:
-                scene.settled = scene.mujoco.MjData(self.model)
-                scene.mujoco.mj_copyData(scene.settled, self.model, self.data)
-            return
-        if self.settles:
+        known = scene.settled is not None and scene.as_compiled()
+        if known:
             scene.mujoco.mj_copyData(self.data, self.model, scene.settled)
-        super()._reset_hand(0)  # pyright: ignore[reportAttributeAccessIssue]
+        super()._reset_hand(0 if known or not self.settles else steps)  # pyright: ignore[reportAttributeAccessIssue]
+        if scene.settled is None and self.settles:
+            scene.settled = scene.mujoco.MjData(self.model)
+            scene.mujoco.mj_copyData(scene.settled, self.model, self.data)
 
     def advance(self: Any, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
         """One control step: float32 [4] -> (observation float64 [39], reward, success)."""
