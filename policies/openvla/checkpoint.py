@@ -78,7 +78,7 @@ def statistics_key(statistics: Mapping[str, Any], wanted: str | None, source: st
 
 
 def load_network(checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype) -> OpenVLANetwork:
-    """The network with the folder's weights, on the CPU. Raises `UserError` for missing, unexpected or misshapen keys."""
+    """The network with the folder's weights, on the CPU. Raises `UserError` for missing, unexpected, misshapen keys."""
     with torch.device("meta"):
         network = OpenVLANetwork(architecture)
     weights = read_weights(checkpoint.folder)

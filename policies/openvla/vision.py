@@ -53,7 +53,7 @@ def features(transformer: Any, pixels: Tensor, instruction: Tensor | None) -> Te
         return transformer.forward_intermediates(
             pixels, indices=[last], norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
         )[0]
-    x = transformer.norm_pre(transformer.patch_drop(transformer._pos_embed(transformer.patch_embed(pixels))))
+    x: Any = transformer.norm_pre(transformer.patch_drop(transformer._pos_embed(transformer.patch_embed(pixels))))
     for block in transformer.blocks[: last + 1]:
         if transformer.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint(block, x, instruction, use_reentrant=False)
