@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 
 from embodied_rl.errors import UserError
+from embodied_rl.simulators import tensor_randomness as randomness
 from embodied_rl.simulators.base import BatchedEnvironment, InitialState
-from embodied_rl.simulators.isaaclab import histories, randomness, settings
+from embodied_rl.simulators.isaaclab import histories, settings
 from embodied_rl.simulators.isaaclab import tasks as known
-from embodied_rl.simulators.tensor_groups import Layout
+from embodied_rl.simulators.tensor_groups import Layout, replaced
 from embodied_rl.specs import ActionSpec, ObservationSpec, TaskSpec
 
 CAMERA = "camera"
@@ -41,7 +42,7 @@ class IsaacLabEnvironment(BatchedEnvironment):
         image_size: int | None = None,
         max_steps: int | None = None,
     ) -> None:
-        os.environ.setdefault(known.ASSET_ROOT, str(known.ASSETS))  # Isaac Lab reads it when it is imported
+        os.environ[known.ASSET_ROOT] = os.environ.get(known.ASSET_ROOT) or str(known.ASSETS)  # read at the import below
         import torch
         from isaaclab.app import launch_simulation
 
@@ -96,7 +97,7 @@ class IsaacLabEnvironment(BatchedEnvironment):
             fresh = (
                 env.observation_manager.compute(update_history=True) if self._managed else env._compute_observations()
             )
-        self._groups = _replaced(self._groups, fresh, index)
+        self._groups = replaced(self._groups, fresh, index)
         self._live[index] = True
         self._reward.reset(index)
 
@@ -111,7 +112,7 @@ class IsaacLabEnvironment(BatchedEnvironment):
         ended = self._live & (terminated | truncated)
         self._live &= ~ended
         if self._final is not None:
-            self._groups = _replaced(self._groups, self._final, ended.nonzero().squeeze(-1))
+            self._groups = replaced(self._groups, self._final, ended.nonzero().squeeze(-1))
         earned, success = self._reward(reward, self._groups)
         return _numpy(earned), _numpy(terminated), _numpy(truncated), success
 
@@ -243,19 +244,7 @@ def _default_state(groups: Mapping[str, Any], observation: str) -> tuple[str, ..
     if not isinstance(policy, Mapping):
         return () if policy.ndim > 3 else ("policy",)
     names = [name for name, term in policy.items() if term.ndim <= 3]
-    return tuple(f"policy.{name}" for name in names if observation != "rgb" or name in known.PROPRIOCEPTION)
-
-
-def _replaced(groups: Mapping[str, Any], fresh: Mapping[str, Any], rows: Any) -> dict[str, Any]:
-    """`groups` with `rows` (int64 tensor [M]) of `fresh`; shares no memory with Isaac Lab's buffers."""
-    merged: dict[str, Any] = {}
-    for name, value in groups.items():
-        if isinstance(value, Mapping):
-            merged[name] = _replaced(value, fresh[name], rows)
-        else:
-            merged[name] = value.clone()
-            merged[name][rows] = fresh[name][rows]
-    return merged
+    return tuple(f"policy.{name}" for name in names if observation != "rgb" or known.PROPRIOCEPTION.fullmatch(name))
 
 
 def _cloned(groups: Mapping[str, Any]) -> dict[str, Any]:

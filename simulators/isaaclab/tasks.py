@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,18 +29,24 @@ class Facts:
     cameras: tuple[str, ...] = ()
 
 
+_BALANCE, _REACH = "balance the pole on the cart", "move the hand to the goal pose"
 _STACK = "put the red block on the blue block, then the green block on the red block"
+_STACK_REWARDS, _STACK_CAMERAS = ("success", "staged"), ("wrist_cam", "table_cam")
 SHIPPED = {
-    "Isaac-Cartpole-Camera-Direct": Facts("balance the pole on the cart", 1, 300, ("task",), ("tiled_camera",)),
-    "Isaac-Cartpole-Direct": Facts("balance the pole on the cart", 1, 300, ("task",)),
-    "Isaac-Reach-Franka": Facts("move the hand to the goal pose", 7, 360, ("task", "success")),
-    "IsaacContrib-Stack-Cube-Franka-IK-Rel": Facts(_STACK, 7, 600, ("success", "staged")),
-    "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor": Facts(
-        _STACK, 7, 600, ("success", "staged"), ("wrist_cam", "table_cam")
-    ),
+    "Isaac-Cartpole": Facts(_BALANCE, 1, 300, ("task",)),
+    "Isaac-Cartpole-Camera": Facts(_BALANCE, 1, 300, ("task",), ("tiled_camera",)),
+    "Isaac-Cartpole-Camera-Direct": Facts(_BALANCE, 1, 300, ("task",), ("tiled_camera",)),
+    "Isaac-Cartpole-Direct": Facts(_BALANCE, 1, 300, ("task",)),
+    "Isaac-Reach-Franka": Facts(_REACH, 7, 360, ("task", "success")),
+    "Isaac-Reach-Franka-OSC": Facts(_REACH, 13, 360, ("task", "success")),
+    "IsaacContrib-Stack-Cube-Franka": Facts(_STACK, 8, 600, _STACK_REWARDS),
+    "IsaacContrib-Stack-Cube-Franka-IK-Abs": Facts(_STACK, 8, 600, _STACK_REWARDS),
+    "IsaacContrib-Stack-Cube-Franka-IK-Rel": Facts(_STACK, 7, 600, _STACK_REWARDS),
+    "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor": Facts(_STACK, 7, 600, _STACK_REWARDS, _STACK_CAMERAS),
+    "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor-Cosmos": Facts(_STACK, 7, 600, _STACK_REWARDS, _STACK_CAMERAS),
 }
 
-PROPRIOCEPTION = ("actions", "joint_pos", "joint_vel", "eef_pos", "eef_quat", "gripper_pos")
+PROPRIOCEPTION = re.compile(r"(last_)?actions?|joint_(pos|vel)(_rel)?|eef_(pos|quat)|gripper_pos")
 """Observation terms, by the names that Isaac Lab's tasks use, which a robot knows without looking."""
 
 
@@ -67,17 +72,6 @@ def quaternions(term: str, size: int) -> list[int]:
     return []
 
 
-def missing(task: str) -> str:
-    """What `task` lacks on this machine and the remedy, on one line; "" when nothing."""
-    try:
-        interpreters.interpreter("isaaclab")
-    except UserError as error:
-        return str(error)
-    if task in SHIPPED or os.environ.get(ASSET_ROOT):
-        return ""
-    return f"needs NVIDIA's assets: set {ASSET_ROOT} to their folder or server"
-
-
 def registered() -> list[str]:
     """Every id in the installed Isaac Lab, read from its sources, sorted; ours alone when it is not installed."""
     folders = interpreters.location("isaaclab").glob("lib/python*/site-packages/isaaclab_tasks")
@@ -88,10 +82,18 @@ def registered() -> list[str]:
 
 def listings() -> list[Listing]:
     """See `config.tasks`."""
+    try:
+        interpreters.interpreter("isaaclab")
+        absent = ""
+    except UserError as error:
+        absent = str(error)
+    no_assets = (
+        "" if os.environ.get(ASSET_ROOT) else f"needs NVIDIA's assets: set {ASSET_ROOT} to their folder or server"
+    )
     lines = []
     for task in registered():
         facts = SHIPPED.get(task)
         known = (facts.cameras, facts.action_dim, facts.max_steps) if facts else (None, None, None)
-        rewards: Sequence[str] = facts.rewards if facts else ("task",)
-        lines.append(Listing(task, instruction(task), *known, ", ".join(rewards), missing(task)))
+        rewards = ", ".join(facts.rewards) if facts else "task"
+        lines.append(Listing(task, instruction(task), *known, rewards, absent or ("" if facts else no_assets)))
     return lines
