@@ -2,7 +2,8 @@
 
 A simulator of that family gives {group: tensor or nested mapping of terms}, each tensor [N,...] and often a view of a
 buffer that its next step overwrites. `Layout` says once, from a first observation, which terms make up the state, the
-privileged numbers and the cameras, and from then on copies rows of them into the arrays of `observe()`.
+privileged numbers and the cameras, and from then on copies rows of them into the arrays of `observe()`. `replaced` puts
+rows of one observation into another.
 """
 
 from __future__ import annotations
@@ -76,6 +77,18 @@ class Layout:
         for camera, name in self.images.items():
             arrays[f"image.{camera}"] = _image(_rows(terms[name], rows))
         return arrays
+
+
+def replaced(groups: Mapping[str, Any], fresh: Mapping[str, Any], rows: Any) -> dict[str, Any]:
+    """A copy of `groups` with `rows` (int64 tensor [M]) of `fresh`; shares no memory with either."""
+    merged: dict[str, Any] = {}
+    for name, value in groups.items():
+        if isinstance(value, Mapping):
+            merged[name] = replaced(value, fresh[name], rows)
+        else:
+            merged[name] = value.clone()
+            merged[name][rows] = fresh[name][rows]
+    return merged
 
 
 def _terms(groups: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 from embodied_rl.errors import UserError
 from embodied_rl.simulators.base import BatchedEnvironment, InitialState
 from embodied_rl.simulators.mjlab import seeded, tasks
-from embodied_rl.simulators.tensor_groups import Layout
+from embodied_rl.simulators.tensor_groups import Layout, replaced
 from embodied_rl.specs import ActionSpec, ObservationSpec, TaskSpec
 
 CAMERA = "camera"
@@ -71,11 +71,9 @@ class MjlabEnvironment(BatchedEnvironment):
 
         index = torch.from_numpy(rows).to(self.env.device)
         self.env.seeds[rows] = [state.seed for state in states]
-        groups, _ = self.env.reset(env_ids=index)
-        for group, terms in groups.items():
-            # Only these rows: mjlab reads the contact sensors of the others again, one physics step later.
-            for name, term in terms.items():
-                self._groups[group][name][index] = term[index]
+        fresh, _ = self.env.reset(env_ids=index)
+        # Only these rows: mjlab reads the contact sensors of the others again, one physics step later.
+        self._groups = replaced(self._groups, fresh, index)
         self._rendered = False
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:

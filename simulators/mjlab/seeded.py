@@ -1,18 +1,14 @@
-"""An mjlab environment whose episodes are functions of their seeds.
-
-mjlab draws from torch's global generator, jointly for all environments that need a number at the same moment. Here an
-environment (a row) draws alone, right after that generator was set to its own seed.
-"""
+"""An mjlab environment whose episodes are functions of their seeds."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import functools
 import os
-import random
 from typing import Any
 
 import numpy as np
+
+from embodied_rl.simulators.tensor_randomness import resample_by_seed, seed_everything
 
 
 def settings(name: str, num_envs: int, max_steps: int | None = None) -> Any:
@@ -59,8 +55,7 @@ def make(cfg: Any, device: str) -> Any:
         def __init__(self) -> None:
             self.seeds = np.zeros(cfg.scene.num_envs, np.int64)
             super().__init__(cfg, device)
-            for term in self.command_manager._terms.values():
-                term._resample = functools.partial(self._resample_rows, term, term._resample)
+            resample_by_seed(self, self.seeds)
 
         def step(self, action: Any) -> Any:
             # Whatever else a task draws on the way (pushes) depends on the episodes that run now, not on past ones.
@@ -71,30 +66,7 @@ def make(cfg: Any, device: str) -> Any:
 
         def _reset_idx(self, env_ids: Any = None) -> None:
             for row in env_ids.split(1):
-                seed_everything(int(self.seeds[row.item()]))
+                seed_everything(int(self.seeds[int(row)]))
                 super()._reset_idx(row)
 
-        def _resample_rows(self, term: Any, resample: Any, env_ids: Any) -> None:
-            """New commands (goals), at a reset or when the time of the old ones is over."""
-            import torch
-
-            for row in env_ids.split(1):
-                count = int(term.command_counter[row])
-                if count == 0:  # a reset, which has just seeded everything
-                    resample(row)
-                    continue
-                with torch.random.fork_rng([device] if device.startswith("cuda") else []):
-                    seed_everything(int(self.seeds[row.item()]), count)
-                    resample(row)
-
     return SeededEnv()
-
-
-def seed_everything(*key: int) -> None:
-    """Seed every global generator that mjlab's code draws from (Warp has none), by one number or by several."""
-    import torch
-
-    seed = key[0] if len(key) == 1 else int(np.random.SeedSequence(key).generate_state(1)[0])
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    random.seed(seed)

@@ -33,7 +33,8 @@ def facts():
 
 
 def own(order):
-    """The episodes that mjlab itself plays, one environment alone, with its defaults but for the noise."""
+    """The episodes that mjlab itself plays, one environment alone, with its defaults but for the noise and for what is
+    randomized at start-up, here at every reset: {group: [R,T+1,...], reward, terminated, truncated: [R,T]}."""
     import torch
     from mjlab.envs import ManagerBasedRlEnv
     from mjlab.tasks.registry import load_env_cfg
@@ -42,23 +43,23 @@ def own(order):
     cfg.scene.num_envs = 1
     for group in cfg.observations.values():
         group.enable_corruption = False
+    for event in cfg.events.values():
+        event.mode = "reset" if event.mode == "startup" else event.mode
     env = ManagerBasedRlEnv(cfg, device="cpu")
-    recorded = {name: [] for name in ("actor", "critic", "reward", "terminated", "truncated")}
+    recorded = {}
+
+    def record(**values):
+        for name, value in values.items():
+            recorded.setdefault(f"own.{name}", []).append(value[0].numpy().copy())
+
     for seed in order["seeds"]:
-        first, _ = env.reset(seed=seed)
-        frames = [{name: first[name][0].numpy().copy() for name in ("actor", "critic")}]
+        record(**env.reset(seed=seed)[0])
         for action in np.array(order["actions"], np.float32):
             seen, reward, terminated, truncated, _ = env.step(torch.from_numpy(action[None]))
-            frames.append({name: seen[name][0].numpy().copy() for name in ("actor", "critic")})
-            for name, value in (("reward", reward), ("terminated", terminated), ("truncated", truncated)):
-                recorded[name].append(value[0].item())
-        for name in ("actor", "critic"):
-            recorded[name].append([frame[name] for frame in frames])
+            record(**seen, reward=reward, terminated=terminated, truncated=truncated)
     env.close()
-    rows = len(order["seeds"])
-    joined = {f"own.{name}": np.array(recorded[name], np.float32) for name in ("actor", "critic")}
-    return joined | {
-        f"own.{name}": np.array(recorded[name]).reshape(rows, -1) for name in ("reward", "terminated", "truncated")
+    return {
+        name: np.stack(values).reshape(len(order["seeds"]), -1, *values[0].shape) for name, values in recorded.items()
     }
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embodied_rl.errors import UserError
-from embodied_rl.simulators.tensor_groups import Layout
+from embodied_rl.simulators.tensor_groups import Layout, replaced
 from embodied_rl.specs import CameraSpec, ObservationSpec
 
 N = 3
@@ -106,3 +106,14 @@ def test_an_unknown_term_names_the_nearest():
 def test_what_is_not_rgb_is_no_camera(term):
     with pytest.raises(UserError, match=r"'camera.depth' is .* a camera gives RGB"):
         Layout.of({"camera": {"depth": term}}, (), images=("camera",))
+
+
+def test_replaced_rows_come_from_the_other_observation_and_nothing_is_shared():
+    old, new = groups(), groups()
+    new["critic"] = new["critic"] + 100
+    new["subtasks"]["grasped"] = ~new["subtasks"]["grasped"]
+    both = replaced(old, new, torch.tensor([2]))
+    assert torch.equal(both["critic"], torch.stack([old["critic"][0], old["critic"][1], new["critic"][2]]))
+    assert both["subtasks"]["grasped"].tolist() == [True, False, False]
+    old["critic"][0], new["critic"][2] = -1, -1
+    assert (both["critic"] >= 0).all()
