@@ -43,12 +43,16 @@ class FlowPolicy(Policy):
         """[B,H,D], the learned deviation of the sampler's method "noise"."""
         raise TypeError(f"{type(self).__name__} learns no standard deviation; use another sampling method")
 
+    def prefix_value(self, prefix: Any, inputs: Inputs) -> Tensor:
+        """`value(inputs)` where `encode(inputs)` is at hand, for a value head that reads it."""
+        return self.value(inputs)
+
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
         """A deterministic sample follows the ODE. Its initial noise still is the row's, because a flow without it is
         not the policy that was trained; without `noise` it starts from 0 and is a function of the observation alone."""
         prefix = self.encode(inputs)
-        value = self.value(inputs)
+        value = self.prefix_value(prefix, inputs)
         rows = len(next(iter(inputs.values())))
         zeros = torch.zeros((rows, self.horizon, self.width), device=self.device, dtype=self.dtype)
         if deterministic:

@@ -77,6 +77,7 @@ class Normaliser(nn.Module):
         super().__init__()
         if convention not in CONVENTIONS:
             raise unknown("normalisation", convention, CONVENTIONS)
+        self.name = convention
         self.convention = CONVENTIONS[convention]
         identity = torch.tensor([0.0, 1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
         self.register_buffer("statistics", identity[:, None].repeat(1, size))

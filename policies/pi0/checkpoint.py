@@ -1,15 +1,25 @@
-"""The layout of published checkpoints: openpi's PyTorch files, and LeRobot's, which are the same behind "model."."""
+"""Published checkpoint folders: openpi's PyTorch layout, and LeRobot's, whose keys are the same behind "model.".
+
+openpi:   model.safetensors  config.json  assets/ASSET/norm_stats.json
+LeRobot:  model.safetensors  config.json  policy_preprocessor.json with its normaliser's safetensors
+
+Either may hold heads.safetensors besides, the value and noise heads of a policy that was saved here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embodied_rl.errors import UserError
-from embodied_rl.policies.pi0.network import Network
+from embodied_rl.policies.pi0.network import Network, NetworkConfig
+from embodied_rl.policies.pi0.statistics import Found, find_statistics
+from embodied_rl.policies.pretrained import load_strict, read_json, read_weights
 
 LEROBOT = "model."
 """In front of every key of LeRobot's files."""
@@ -36,19 +46,11 @@ def published_name(name: str) -> str:
     return name
 
 
-def from_published(weights: Mapping[str, Tensor], network: Network, source: Path | str) -> dict[str, Tensor]:
-    """Published weights under our names, without what the network does not have. Raises `UserError` when they belong to
-    the other of π₀ and π₀.₅."""
-    if all(key.startswith(LEROBOT) for key in weights):
-        weights = {key.removeprefix(LEROBOT): value for key, value in weights.items()}
-    adaptive = "time_mlp_in.weight" in weights
-    if adaptive != network.config.adaptive and (adaptive or "state_proj.weight" in weights):
-        found, wanted = ("pi05", "pi0") if adaptive else ("pi0", "pi05")
-        raise UserError(f"{source} is a {found} checkpoint, the policy is {wanted}: use --policy {found}")
-    names = {published_name(name): name for name in network.state_dict()} | {
-        TOKEN_TABLE: "language.embed_tokens.weight"
-    }
-    return {names.get(key, key): value for key, value in weights.items() if key != UNUSED}
+def from_published(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Published weights under our `names`, without what the network does not have; unknown keys stay as they are."""
+    ours = {published_name(name): name for name in names} | {TOKEN_TABLE: "language.embed_tokens.weight"}
+    weights = {key.removeprefix(LEROBOT): value for key, value in weights.items()}
+    return {ours.get(key, key): value for key, value in weights.items() if key != UNUSED}
 
 
 def to_published(weights: Mapping[str, Tensor], unused: Tensor, lerobot: bool = False) -> dict[str, Tensor]:
@@ -57,8 +59,71 @@ def to_published(weights: Mapping[str, Tensor], unused: Tensor, lerobot: bool = 
     return {(LEROBOT if lerobot else "") + key: named[key] for key in sorted(named)}
 
 
-def unused_layer(network: Network) -> Tensor:
-    """Zeros for `UNUSED`, for a network that came from no file; they take no memory until they are written."""
-    config = network.config
-    like = network.language.layers[0].self_attn["q_proj"].weight
-    return torch.zeros((), dtype=like.dtype).expand(config.vocabulary, config.expert.width)
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder, opened: its weights are mapped into memory and not yet read."""
+
+    folder: Path
+    weights: dict[str, Tensor]
+    config: dict[str, Any]
+    """config.json, {} without one."""
+
+    @staticmethod
+    def open(folder: str | Path) -> Checkpoint:
+        """Raises `UserError` naming the file when it is missing, damaged or of another family."""
+        folder = Path(folder)
+        weights = read_weights(folder)
+        if not any(key.removeprefix(LEROBOT) == "action_in_proj.weight" for key in weights):
+            raise UserError(f"{folder} holds no π₀ or π₀.₅ in openpi's PyTorch layout: no key action_in_proj.weight")
+        path = folder / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        if config.get("use_relative_actions"):
+            raise UserError(f"{path}: use_relative_actions is not supported; fine-tune with absolute or delta actions")
+        return Checkpoint(folder, weights, config)
+
+    @property
+    def adaptive(self) -> bool:
+        """It is π₀.₅."""
+        return any(key.removeprefix(LEROBOT) == "time_mlp_in.weight" for key in self.weights)
+
+    @property
+    def horizon(self) -> int | None:
+        """What the folder says that it was trained for; the weights do not tell."""
+        return self.config.get("action_horizon", self.config.get("chunk_size"))
+
+    @property
+    def unused(self) -> Tensor | None:
+        """See `UNUSED`; it is written back as it was."""
+        return self.weights.get(UNUSED, self.weights.get(LEROBOT + UNUSED))
+
+    def network(self, sizes: NetworkConfig, horizon: int) -> Network:
+        """The network with these weights, on the CPU. Raises `UserError` naming what does not fit."""
+        if self.adaptive != sizes.adaptive:
+            found, wanted = ("pi05", "pi0") if self.adaptive else ("pi0", "pi05")
+            raise UserError(f"{self.folder} is a {found} checkpoint, the policy is {wanted}: use --policy {found}")
+        if self.horizon not in (None, horizon):
+            raise UserError(
+                f"{self.folder / 'config.json'}: trained to predict {self.horizon} actions, the policy predicts "
+                f"{horizon}: set --policy.horizon {self.horizon}"
+            )
+        with torch.device("meta"):
+            network = Network(sizes, horizon)
+        load_strict(network, from_published(self.weights, network.state_dict()), self.folder)
+        return network
+
+    def load_heads(self, heads: Mapping[str, nn.Module | None]) -> None:
+        """Weights for those of `heads` that the folder has; the others stay new. Raises `UserError` for other sizes."""
+        if not (self.folder / "heads.safetensors").is_file():
+            return
+        weights = read_weights(self.folder, "heads")
+        for name, head in heads.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+            if head is not None and own:
+                load_strict(head, own, self.folder / "heads.safetensors")
+
+    def statistics(self, asset: str | None) -> dict[str, Found]:
+        """{"state", "actions"}."""
+        return find_statistics(self.folder, asset, self.adaptive)
+
+    def __deepcopy__(self, memo: dict) -> Checkpoint:
+        return self  # immutable, and as large as the network

@@ -74,67 +74,6 @@ class RMSNorm(nn.Module):
         return (normed * (1 + scale) + shift).to(x.dtype), gate.to(x.dtype)
 
 
-class Layer(nn.Module):
-    """One decoder layer. Parameter names are those of transformers' `GemmaDecoderLayer`."""
-
-    def __init__(self, config: GemmaConfig, condition: int | None) -> None:
-        super().__init__()
-        width, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.groups = config.heads // config.kv_heads
-        self.input_layernorm = RMSNorm(width, condition)
-        self.self_attn = nn.ModuleDict(
-            {
-                "q_proj": nn.Linear(width, queries, bias=False),
-                "k_proj": nn.Linear(width, keys, bias=False),
-                "v_proj": nn.Linear(width, keys, bias=False),
-                "o_proj": nn.Linear(queries, width, bias=False),
-            }
-        )
-        self.post_attention_layernorm = RMSNorm(width, condition)
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(width, config.mlp, bias=False),
-                "up_proj": nn.Linear(width, config.mlp, bias=False),
-                "down_proj": nn.Linear(config.mlp, width, bias=False),
-            }
-        )
-
-    def keys_values(self, x: Tensor, rotary: Rotary) -> KeysValues:
-        """What later tokens read of x [B,S,W] (no condition)."""
-        return self._keys_values(self.input_layernorm(x, None)[0], rotary)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        mask: Tensor,
-        condition: Tensor | None = None,
-        past: Past | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,S,W] after the layer, and its own keys and values. `mask` bool [B,1,S or 1,P+S] is True where a token
-        may look; the P tokens of `past` come first."""
-        y, gate = self.input_layernorm(x, condition)
-        keys, values = self._keys_values(y, rotary)
-        all_keys, all_values = (keys, values) if past is None else past.extended(keys, values)
-        queries = rotate(self._heads("q_proj", y), rotary)
-        found = F.scaled_dot_product_attention(queries, self._shared(all_keys), self._shared(all_values), mask)
-        x = _residual(x, self.self_attn["o_proj"](found.transpose(1, 2).flatten(2)), gate)
-        y, gate = self.post_attention_layernorm(x, condition)
-        hidden = F.gelu(self.mlp["gate_proj"](y), approximate="tanh") * self.mlp["up_proj"](y)
-        return _residual(x, self.mlp["down_proj"](hidden), gate), keys, values
-
-    def _keys_values(self, y: Tensor, rotary: Rotary) -> KeysValues:
-        return rotate(self._heads("k_proj", y), rotary), self._heads("v_proj", y)
-
-    def _heads(self, name: str, y: Tensor) -> Tensor:
-        return self.self_attn[name](y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _shared(self, x: Tensor) -> Tensor:
-        """Keys or values as every query head sees them; a view when there is one head of them."""
-        return x[:, :, None].expand(-1, -1, self.groups, -1, -1).flatten(1, 2)
-
-
 @dataclass(frozen=True)
 class Past:
     """Keys and values of P earlier tokens in one layer, which nothing changes.
@@ -167,6 +106,82 @@ class Past:
         return Past(keys, values, length)
 
 
+class Attention(nn.Module):
+    """Queries share the heads of keys and values in groups."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        width, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.groups = config.heads // config.kv_heads
+        self.q_proj = nn.Linear(width, queries, bias=False)
+        self.k_proj = nn.Linear(width, keys, bias=False)
+        self.v_proj = nn.Linear(width, keys, bias=False)
+        self.o_proj = nn.Linear(queries, width, bias=False)
+
+    def keys_values(self, y: Tensor, rotary: Rotary) -> KeysValues:
+        """Those of y [B,S,W] itself."""
+        return rotate(self._heads(self.k_proj(y)), rotary), self._heads(self.v_proj(y))
+
+    def forward(self, y: Tensor, rotary: Rotary, mask: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """What y [B,S,W] finds among keys and values; see `Layer.forward` for the mask."""
+        queries = rotate(self._heads(self.q_proj(y)), rotary)
+        found = F.scaled_dot_product_attention(queries, self._shared(keys), self._shared(values), mask)
+        return self.o_proj(found.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """Keys or values as every query head sees them; a view when there is one head of them."""
+        return x[:, :, None].expand(-1, -1, self.groups, -1, -1).flatten(1, 2)
+
+
+class MLP(nn.Module):
+    """Gated by GELU."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.mlp, bias=False)
+        self.up_proj = nn.Linear(config.width, config.mlp, bias=False)
+        self.down_proj = nn.Linear(config.mlp, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One decoder layer. Parameter names are those of transformers' `GemmaDecoderLayer`."""
+
+    def __init__(self, config: GemmaConfig, condition: int | None) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, condition)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.width, condition)
+        self.mlp = MLP(config)
+
+    def keys_values(self, x: Tensor, rotary: Rotary) -> KeysValues:
+        """What later tokens read of x [B,S,W], without a condition."""
+        return self.self_attn.keys_values(self.input_layernorm(x, None)[0], rotary)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        mask: Tensor,
+        condition: Tensor | None = None,
+        past: Past | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,S,W] after the layer, and its own keys and values. `mask` bool [B,1,S or 1,P+S] is True where a token
+        may look; the P tokens of `past` come first."""
+        y, gate = self.input_layernorm(x, condition)
+        keys, values = self.self_attn.keys_values(y, rotary)
+        seen = (keys, values) if past is None else past.extended(keys, values)
+        x = _residual(x, self.self_attn(y, rotary, mask, *seen), gate)
+        y, gate = self.post_attention_layernorm(x, condition)
+        return _residual(x, self.mlp(y), gate), keys, values
+
+
 class Gemma(nn.Module):
     """A stack of decoder layers; with a `vocabulary` also the table of token embeddings."""
 
@@ -181,7 +196,7 @@ class Gemma(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """In which the tokens travel through the layers."""
-        return self.layers[0].self_attn["q_proj"].weight.dtype
+        return next(layer.self_attn.q_proj.weight.dtype for layer in self.layers if isinstance(layer, Layer))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B,T] -> [B,T,W], scaled by sqrt(W)."""
@@ -189,14 +204,15 @@ class Gemma(nn.Module):
         return self.embed_tokens(tokens) * self.config.width**0.5
 
     def prefix(self, x: Tensor, rotary: Rotary, mask: Tensor, room: int) -> tuple[list[Past], Tensor]:
-        """What later tokens read of x [B,P,W] in every layer (with `room` for theirs), and x before the last layer, whose
-        own output only `output` needs."""
+        """What later tokens read of x [B,P,W] in every layer (with `room` for theirs), and x before the last layer,
+        which only `output` goes through."""
         x = x.to(self.dtype)
         past = []
-        *layers, last = self.layers
-        for layer in layers:
+        for layer in self.layers[:-1]:
             x, keys, values = checkpointed(self.checkpointing, layer, x, rotary, mask)
             past.append(Past.of(keys, values, room))
+        last = self.layers[-1]
+        assert isinstance(last, Layer)
         past.append(Past.of(*last.keys_values(x, rotary), room))
         return past, x
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embodied_rl.policies.pi0.gemma import Gemma, GemmaConfig, Past, Rotary, rotary
+from embodied_rl.policies.pi0.gemma import Gemma, GemmaConfig, Past, RMSNorm, Rotary, rotary
 from embodied_rl.policies.pi0.siglip import Siglip, SiglipConfig
 
 PERIODS = (4e-3, 4.0)
@@ -36,8 +36,8 @@ class NetworkConfig:
     action_dim: int
     """D, dimensions of an action (and of π₀'s state), zero padded."""
     adaptive: bool
-    """π₀.₅: the time conditions the expert's norms, and the state is in the prompt. π₀: the time is mixed into the action
-    tokens, and the state is a token of the expert."""
+    """π₀.₅: the time conditions the expert's norms, the state is in the prompt. π₀: the time is mixed into the action
+    tokens, the state is a token of the expert."""
 
     def __post_init__(self) -> None:
         shared = [(gemma.depth, gemma.heads, gemma.kv_heads, gemma.head_dim) for gemma in (self.language, self.expert)]
@@ -84,6 +84,20 @@ class Network(nn.Module):
             self.state_proj = nn.Linear(config.action_dim, width)
             self.action_time_mlp_in = nn.Linear(2 * width, width)
             self.action_time_mlp_out = nn.Linear(width, width)
+
+    def initialise(self) -> None:
+        """Random weights: normal with variance 1 / inputs, zero biases. Adaptive norms start with gates of 0, so that
+        every layer of the expert starts as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        for module in self.modules():
+            if isinstance(module, RMSNorm) and module.dense is not None:
+                nn.init.zeros_(module.dense.weight)
 
     def set_checkpointing(self, on: bool) -> None:
         """Compute the layers again in the backward pass instead of keeping what is inside them."""

@@ -42,46 +42,77 @@ class Siglip(nn.Module):
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
         self.checkpointing = False
-        self.embeddings = nn.ModuleDict(
-            {
-                "patch_embedding": nn.Conv2d(3, config.width, config.patch, config.patch),
-                "position_embedding": nn.Embedding(config.tokens, config.width),
-            }
-        )
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(_Layer(config) for _ in range(config.depth))})
+        self.embeddings = _Embeddings(config)
+        self.encoder = _Encoder(config)
         self.post_layernorm = LayerNorm(config.width, EPSILON)
 
     def forward(self, images: Tensor) -> Tensor:
         """Float [B,3,S,S] in [-1, 1] -> [B,tokens,width]."""
-        patch, position = self.embeddings["patch_embedding"], self.embeddings["position_embedding"]
-        x = patch(images.to(patch.weight.dtype)).flatten(2).transpose(1, 2) + position.weight
-        x = x.to(self.encoder["layers"][0].mlp["fc1"].weight.dtype)
-        for layer in self.encoder["layers"]:
+        x = self.embeddings(images).to(self.encoder.dtype)
+        for layer in self.encoder.layers:
             x = checkpointed(self.checkpointing, layer, x)
         return self.post_layernorm(x)
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch, config.patch)
+        self.position_embedding = nn.Embedding(config.tokens, config.width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
+        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.depth))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(layer.mlp.fc1.weight.dtype for layer in self.layers if isinstance(layer, _Layer))
 
 
 class _Layer(nn.Module):
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
-        width = config.width
-        self.heads = config.heads
-        self.layer_norm1 = LayerNorm(width, EPSILON)
-        self.self_attn = nn.ModuleDict(
-            {name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
-        )
-        self.layer_norm2 = LayerNorm(width, EPSILON)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, config.mlp), "fc2": nn.Linear(config.mlp, width)})
+        self.layer_norm1 = LayerNorm(config.width, EPSILON)
+        self.self_attn = _Attention(config)
+        self.layer_norm2 = LayerNorm(config.width, EPSILON)
+        self.mlp = _MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layer_norm1(x)
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj = nn.Linear(config.width, config.width)
+        self.k_proj = nn.Linear(config.width, config.width)
+        self.v_proj = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            self.self_attn[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for name in ("q_proj", "k_proj", "v_proj")
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        x = x + self.self_attn["out_proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        hidden = F.gelu(self.mlp["fc1"](self.layer_norm2(x)), approximate="tanh")
-        return x + self.mlp["fc2"](hidden)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp)
+        self.fc2 = nn.Linear(config.mlp, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class LayerNorm(nn.LayerNorm):

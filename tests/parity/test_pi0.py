@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from embodied_rl.policies.flow import FlowNoise, FlowSampler, FlowSamplerConfig, bounded_std
+from embodied_rl.policies.mlp import mlp
+from embodied_rl.policies.normalization import Normaliser
 from embodied_rl.policies.pi0.checkpoint import TOKEN_TABLE, from_published, published_name
 from embodied_rl.policies.pi0.gemma import GemmaConfig
 from embodied_rl.policies.pi0.network import Network, NetworkConfig, time_embedding
+from embodied_rl.policies.pi0.preprocessing import pi0_prompt, pi05_prompt, pi05_text, resize_with_pad, state_bins
 from embodied_rl.policies.pi0.siglip import SiglipConfig
 from embodied_rl.policies.pretrained import load_strict, read_weights
 
@@ -54,7 +58,7 @@ class Case:
             self.config["pi05"],
         )
         self.network = Network(sizes, self.config["action_horizon"])
-        load_strict(self.network, from_published(read_weights(folder), self.network, folder), folder)
+        load_strict(self.network, from_published(read_weights(folder), self.network.state_dict()), folder)
         self.inputs = load_file(folder / "inputs.safetensors")
         self.expected = load_file(folder / "expected.safetensors")
 
@@ -137,3 +141,129 @@ def test_loss_and_gradients(case, checkpointing):
     assert norms.keys() == gradients.keys()
     for name, norm in norms.items():
         assert float(gradients[name].norm()) == pytest.approx(norm, rel=1e-3, abs=1e-5), name
+
+
+def test_a_camera_that_no_row_has_may_be_left_out(case):
+    masks = case.inputs["image_masks"]
+    case.inputs["image_masks"] = masks & torch.tensor([True, True, False])
+    x, t = case.inputs["x_ts"][0], case.inputs["ts"][0].expand(2)
+    with torch.no_grad():
+        whole, less = case.encode(), case.encode(CAMERAS[:2])
+        close(case.network.velocity(less, x, t)[0], case.network.velocity(whole, x, t)[0], 1e-5)
+    assert whole.mask.shape[1] - less.mask.shape[1] == case.network.config.vision.tokens
+    case.inputs["image_masks"] = masks
+
+
+# -- stochastic rollouts of RLinf on these networks -------------------------------------------------------------------
+
+
+def rollout(index):
+    settings = json.loads((FIXTURES / "flow_sde" / "config.json").read_text())["rollouts"][index]
+    whole, prefix = load_file(FIXTURES / "flow_sde" / "rollout.safetensors"), settings["prefix"]
+    case = Case(settings["fixture"])
+    head = mlp(case.config["expert"]["hidden_size"], settings["noise_head_hidden"], "tanh", case.config["action_dim"])
+    data = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+    linears = [layer for layer in head if isinstance(layer, torch.nn.Linear)]
+    for i, linear in enumerate(linears):
+        name = f"noise_head.mlp_logvar.moduleList.{i}.linear_1"
+        linear.load_state_dict({key: data[f"{name}.{key}"] for key in ("weight", "bias")})
+    return settings, data, case, head
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["flow_sde", "flow_noise"])
+def test_rollout(index):
+    settings, data, case, head = rollout(index)
+    steps, joint = settings["num_steps"], settings["joint_logprob"]
+    method = "noise" if settings["method"] == "flow_noise" else "sde"
+    sampler = FlowSampler(
+        FlowSamplerConfig(steps, method, settings["noise_level"], joint, "mean" if joint else "sum"),
+        settings["action_chunk"],
+        settings["action_env_dim"],
+    )
+
+    def std(hidden):
+        return bounded_std(head(hidden), *settings["noise_std_range"])
+
+    step_noise = data["step_noise"].transpose(0, 1)
+    chosen = data["denoise_inds"][:, 0]
+    transition = step_noise if joint else step_noise[:, settings["denoise_index"]][:, None]
+    with torch.no_grad():
+        drawn = FlowNoise(case.inputs["noise"], chosen, transition)
+        actions, trace, log_prob = sampler.sample(case.network.velocity, case.encode(), drawn, std)
+    close(actions, data["chains"][:, -1], 5e-4)
+    close(log_prob, data["rollout_logprobs"].flatten(1), 1e-3)
+    if joint:
+        trace["chain"] = data["chains"]
+    else:
+        k = settings["denoise_index"]
+        trace["x_t"], trace["x_next"] = data["chains"][:, k], sampler._scored(data["chains"][:, k + 1])
+    score, entropy = sampler.score(case.network.velocity, case.encode(), trace, std)
+    close(score, data["train_logprobs"].flatten(1), 1e-3)
+    if joint:  # the reference reports 0 otherwise
+        close(entropy, data["train_entropy"].mean(1).flatten(1), 1e-4)
+    score.mean().backward()
+    gradients = {published_name(name): p.grad for name, p in case.network.named_parameters()}
+    expected = {name.removeprefix("grad."): value for name, value in data.items() if name.startswith("grad.")}
+    assert len(expected) == 3
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-4)
+
+
+# -- openpi's data transforms -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def preprocess():
+    folder = FIXTURES / "pi_preprocess"
+    return json.loads((folder / "preprocess.json").read_text()), load_file(folder / "preprocess.safetensors")
+
+
+def test_images(preprocess):
+    config, data = preprocess
+    for i in range(len(config["images"])):
+        resized = resize_with_pad(data[f"image{i}.raw"].numpy(), config["image_size"])
+        assert (resized == data[f"image{i}.pil_uint8"].numpy()).all()
+
+
+@pytest.mark.parametrize("kind", ["meanstd", "quantile"])
+def test_normalisation(preprocess, kind):
+    _, data = preprocess
+    for what in ("state", "actions"):
+        raw, expected = data[f"raw.{what}"], data[f"norm.{kind}.{what}"]
+        normaliser = Normaliser({"meanstd": "openpi_mean_std", "quantile": "openpi_quantile"}[kind], raw.shape[-1])
+        statistics = {name: data[f"stats.{what}.{name}"].tolist() for name in ("mean", "std", "q01", "q99")}
+        normaliser.fit(statistics, "the fixture")
+        close(normaliser.normalise(raw), expected, 1e-12)
+        if what == "actions":
+            padded = torch.nn.functional.pad(expected, (0, 32 - raw.shape[-1]))
+            assert torch.equal(padded, data[f"norm.{kind}.actions_padded"])
+            close(normaliser.unnormalise(expected), data[f"unnorm.{kind}.actions"][..., : raw.shape[-1]], 1e-12)
+
+
+class Recorder:
+    """A tokenizer that keeps what it was asked for."""
+
+    bos_token_id = 2
+
+    def __init__(self):
+        self.texts = []
+
+    def encode(self, text, add_special_tokens=True):
+        assert not add_special_tokens
+        self.texts.append(text)
+        return [100 + len(text)]
+
+
+def test_prompts(preprocess):
+    config, data = preprocess
+    states = data["norm.quantile.state"].numpy()
+    assert (state_bins(states) == data["pi05.state_bins"].numpy()).all()
+    recorder = Recorder()
+    for prompt, state, text in zip(config["prompts"], states, config["pi05_texts"], strict=True):
+        assert pi05_text(prompt, state) == text
+        assert pi05_prompt(recorder, prompt, state) == [2, 100 + len(text)]
+    assert recorder.texts == config["pi05_texts"]
+    recorder = Recorder()
+    for prompt in config["prompts"]:
+        assert pi0_prompt(recorder, prompt)[0] == 2
+    assert recorder.texts == [text for text, _ in config["pi0_encode_calls"]]
