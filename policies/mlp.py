@@ -82,6 +82,8 @@ class ActionScale(nn.Module):
 
     def __init__(self, spec: ActionSpec) -> None:
         super().__init__()
+        if spec.choices:
+            raise SpecError(f"the policy gives continuous actions, the simulator takes one of {spec.choices} choices")
         low, high = torch.tensor(spec.low), torch.tensor(spec.high)
         if not (torch.isfinite(low).all() and torch.isfinite(high).all() and (low < high).all()):
             raise SpecError(f"the policy needs finite action bounds with low < high, got {spec.low} and {spec.high}")

@@ -229,11 +229,14 @@ def test_action_scale_round_trip(unit):
 
 def test_specs_that_do_not_fit():
     endless = ActionSpec((-float("inf"),), (1.0,), (0.0,))
+    choices = ActionSpec((0.0,), (1.0,), (0.0,), choices=2)
     for config in (GaussianMLPConfig(), FlowMLPConfig()):
         with pytest.raises(SpecError, match="state"):
             config.build(ObservationSpec(cameras={"front": CameraSpec(8, 8)}), ACTION)
         with pytest.raises(SpecError, match="bounds"):
             config.build(OBSERVATION, endless)
+        with pytest.raises(SpecError, match="one of 2 choices"):
+            config.build(OBSERVATION, choices)
 
 
 def test_policy_keeps_the_quaternion_order_it_was_trained_with():
