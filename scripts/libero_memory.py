@@ -25,6 +25,7 @@ import numpy as np
 from embodied_rl.simulators.libero import assets, suites
 from embodied_rl.simulators.libero.config import LiberoConfig
 from embodied_rl.simulators.reset_schedule import RandomSchedule
+from embodied_rl.simulators.workers import WorkerSimulator
 
 SUITES = ("libero_spatial", "libero_object", "libero_10", "libero_90")
 PER_SUITE = 2
@@ -56,6 +57,7 @@ def main() -> None:
     schedule = RandomSchedule(0, config.num_tasks, num_states=config.num_states)
     used: list[float] = []
     with config.build(schedule) as simulator:
+        assert isinstance(simulator, WorkerSimulator)
         start = time.perf_counter()
         for ticket in range(options.resets):
             simulator.reset(tickets=np.array([ticket]))

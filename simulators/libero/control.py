@@ -69,15 +69,15 @@ class Controller:
         controller = robot.controller
         self._mujoco, self._model, self._utils = installed.mujoco(), model, control_utils
         self._site = model.site(controller.eef_name).id
-        self._joints, self._velocities = list(controller.qpos_index), list(controller.qvel_index)
+        self._joints, self._velocities = np.array(controller.qpos_index), np.array(controller.qvel_index)
         self._initial_joints = np.array(controller.initial_joint)
-        self._kp, self._kd = np.array(controller.kp), np.array(controller.kd)
+        self._stiffness, self._damping = np.split(controller.kp, 2), np.split(controller.kd, 2)
         controller.scale_action(np.zeros(6))  # fills in the next three
         self._scale = controller.action_scale, controller.action_input_transform, controller.action_output_transform
         self._bounds = controller.input_min, controller.input_max
-        self._motors = list(robot._ref_joint_actuator_indexes)
+        self._motors = np.array(robot._ref_joint_actuator_indexes)
         self._torque_limits = tuple(np.array(limit) for limit in robot.torque_limits)
-        self._fingers = list(robot._ref_joint_gripper_actuator_indexes)
+        self._fingers = np.array(robot._ref_joint_gripper_actuator_indexes)
         limits = model.actuator_ctrlrange[self._fingers]
         self._finger_centre = 0.5 * (limits[:, 1] + limits[:, 0])
         self._finger_range = 0.5 * (limits[:, 1] - limits[:, 0])
@@ -100,7 +100,8 @@ class Controller:
         linear, angular = self._jacobians
         self._mujoco.mj_jacSite(model, data, linear, angular, site)
         qvel = data.qvel
-        position, orientation = np.array(linear[:, velocities]), np.array(angular[:, velocities])
+        # Indexing gives columns in Fortran order, which decides how the products with them are summed.
+        position, orientation = linear[:, velocities], angular[:, velocities]
         self._mujoco.mj_fullM(model, self._mass, data.qM)
         return Measured(
             data.site_xpos[site].copy(),
@@ -111,8 +112,8 @@ class Controller:
             qvel[velocities],
             position,
             orientation,
-            np.array(np.vstack([position, orientation])),
-            self._mass[velocities, :][:, velocities],
+            np.concatenate((position, orientation)),
+            self._mass[velocities][:, velocities],
         )
 
     def set_goal(self, memory: Memory, measured: Measured, action: np.ndarray) -> None:
@@ -126,10 +127,10 @@ class Controller:
     def torques(self, memory: Memory, measured: Measured, bias: np.ndarray) -> np.ndarray:
         """float64 [7], N m. `bias` [nv] is MuJoCo's `qfrc_bias`. Khatib 1987, position and orientation decoupled, with
         the joints drawn to their initial position in the null space."""
-        kp, kd = self._kp, self._kd
+        (kp, kp_turn), (kd, kd_turn) = self._stiffness, self._damping
         turn = self._utils.orientation_error(memory.goal_orientation, measured.orientation)
-        force = np.multiply(memory.goal_position - measured.position, kp[:3]) + np.multiply(-measured.velocity, kd[:3])
-        torque = np.multiply(turn, kp[3:]) + np.multiply(-measured.angular_velocity, kd[3:])
+        force = (memory.goal_position - measured.position) * kp + -measured.velocity * kd
+        torque = turn * kp_turn + -measured.angular_velocity * kd_turn
         _, inertia_position, inertia_orientation, null_space = self._utils.opspace_matrices(
             measured.mass, measured.jacobian, measured.jacobian_position, measured.jacobian_orientation
         )
@@ -153,8 +154,8 @@ class Controller:
             if not substep:
                 self.set_goal(memory, measured, action[:6])
             torques = self.torques(memory, measured, data.qfrc_bias)
-            memory.gripper = np.clip(memory.gripper + fingers, -1.0, 1.0)
-            ctrl[self._motors] = np.clip(torques, *self._torque_limits)
+            memory.gripper = (memory.gripper + fingers).clip(-1.0, 1.0)
+            ctrl[self._motors] = torques.clip(*self._torque_limits)
             ctrl[self._fingers] = self._finger_centre + self._finger_range * memory.gripper
             before = data.qpos.copy() if substep == look else None
             mujoco.mj_step2(model, data)

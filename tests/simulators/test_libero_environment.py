@@ -134,7 +134,7 @@ def test_the_gripper_opens_holds_and_an_episode_is_as_long_as_its_limit() -> Non
         ends.append(truncated)
     width = [fingers[0] - fingers[1] for fingers in opening]
     assert width[0] > 0.07 > 0.05 > width[7]
-    assert abs(width[12] - width[7]) < 0.005, "hold leaves the fingers where they are"
+    assert width[12] < width[7] + 0.001, "hold does not open the fingers"
     assert ends == [False] * 11 + [True]
     env.close()
 

@@ -188,9 +188,8 @@ def test_axis_angle() -> None:
     for quaternion in quaternions:
         before = quaternion.copy()
         ours = axis_angle(quaternion)
-        np.testing.assert_allclose(
-            Rotation.from_rotvec(ours).as_matrix(), Rotation.from_quat(quaternion).as_matrix(), atol=1e-12
-        )
+        turned = Rotation.from_quat(quaternion)
+        np.testing.assert_allclose(Rotation.from_rotvec(ours).as_matrix(), turned.as_matrix(), atol=1e-12)
         assert np.array_equal(before, quaternion)
         if quaternion[3] > 0:
             np.testing.assert_allclose(ours, turned.as_rotvec(), atol=1e-12)
