@@ -53,27 +53,34 @@ class IsaacLabEnvironment(BatchedEnvironment):
         if observation != "state" and not self._cameras:
             raise UserError(f"Isaac Lab task '{task}' has no cameras; use observation 'state'")
         self.num_envs = num_envs
-        self._exit = contextlib.ExitStack()
-        self._exit.enter_context(launch_simulation(cfg, {"enable_cameras": bool(self._cameras)}))
-        self.env = _make(task, cfg)
-        self._exit.callback(self.env.close)
-        self._managed = hasattr(self.env, "observation_manager")
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(launch_simulation(cfg, {"enable_cameras": bool(self._cameras)}))
+            self.env = _make(task, cfg)
+            opened.callback(self.env.close)
+            self._set_up(task, observation, state, reward)
+            self._exit = opened.pop_all()
+
+    def _set_up(self, task: str, observation: str, state: tuple[str, ...] | None, reward: str) -> None:
+        """What follows from the environment."""
+        import torch
+
+        device = self.env.device
         self._reward = _Reward(self.env, task, reward)
         self.action_spec = action_spec(self.env)
-        # The kernels that only a reset or a step needs are compiled now. The last reset of Isaac Lab's own.
+        # Kernels that only a reset or a step needs are compiled now, not against a chunk's deadline; and Isaac Lab's
+        # first reset, which loses the velocities that it draws, is over.
         self.env.reset()
-        self._groups: Mapping[str, Any] = self.env.step(torch.zeros(num_envs, self.action_spec.dim, device=device))[0]
-        self._seeds = np.zeros(num_envs, np.int64)
-        self._live = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        still = torch.zeros(self.num_envs, self.action_spec.dim, device=device)
+        self._groups: Mapping[str, Any] = self.env.step(still)[0]
+        self._seeds = np.zeros(self.num_envs, np.int64)
+        self._live = torch.zeros(self.num_envs, dtype=torch.bool, device=device)
         self._final: Mapping[str, Any] | None = None
         self._reset_row = self.env._reset_idx
         self.env._reset_idx = self._keep_final
         randomness.resample_by_seed(self.env, self._seeds)
         groups = self._observed()
-        chosen = state or _default_state(groups, observation)
-        self._layout = Layout.of(
-            groups, chosen, ("critic",) if "critic" in groups else (), (CAMERA,) * bool(self._cameras)
-        )
+        hidden, images = (("critic",) if "critic" in groups else ()), ((CAMERA,) if self._cameras else ())
+        self._layout = Layout.of(groups, state or _default_state(groups, observation), hidden, images)
         self.observation_spec = observation_spec(self._layout, groups)
         limit, success = int(self.env.max_episode_length), self._reward.success
         self.tasks = (TaskSpec(task, known.instruction(task), limit, has_success=success, reward=reward),)
@@ -94,9 +101,8 @@ class IsaacLabEnvironment(BatchedEnvironment):
         env.sim.forward()
         _update_sensors(env)
         with histories.advanced(env, index):
-            fresh = (
-                env.observation_manager.compute(update_history=True) if self._managed else env._compute_observations()
-            )
+            manager = getattr(env, "observation_manager", None)
+            fresh = manager.compute(update_history=True) if manager is not None else env._compute_observations()
         self._groups = replaced(self._groups, fresh, index)
         self._live[index] = True
         self._reward.reset(index)
@@ -125,8 +131,9 @@ class IsaacLabEnvironment(BatchedEnvironment):
     def _keep_final(self, rows: Any) -> None:
         """Called by Isaac Lab's step in place of its own reset, before it draws new commands for the rows that go on.
         (The observations of a direct task do not change any more within the step, and computing them may count.)"""
-        if self._managed and bool(self._live[rows.long()].any()):
-            self._final = _cloned(self.env.observation_manager.compute())
+        manager = getattr(self.env, "observation_manager", None)
+        if manager is not None and bool(self._live[rows.long()].any()):
+            self._final = _cloned(manager.compute())
 
     def _observed(self) -> dict[str, Any]:
         """All groups. A camera that is up to date is not rendered again."""

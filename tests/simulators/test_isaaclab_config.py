@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from isaaclab_case import needs_isaaclab
 from isaaclab_reference import Seeds
@@ -57,8 +60,19 @@ def test_all_tasks_of_isaac_lab_are_listed(monkeypatch: pytest.MonkeyPatch) -> N
     assert not any(line.missing for line in tasks())
 
 
-def test_scenes_are_where_isaac_lab_looks_for_them() -> None:
-    assert (ASSETS / "Isaac" / "IsaacLab" / "Robots" / "FrankaEmika" / "franka_panda.usda").is_file()
+def test_scenes_are_those_that_the_script_writes() -> None:
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "make_isaaclab_scenes.py"))
+    for name, make in script["FILES"].items():
+        assert (ASSETS / "Isaac" / name).read_text() == make(), name
+
+
+def test_the_frankas_hand_is_where_its_kinematics_put_it() -> None:
+    text = (ASSETS / "Isaac" / "IsaacLab" / "Robots" / "FrankaEmika" / "franka_panda.usda").read_text()
+    hand = text[text.index('def Xform "panda_hand"') :]
+    found = re.search(r"xformOp:translate = \((.*?)\)", hand)
+    assert found is not None
+    # With all joints at zero the flange is 0.088 m in front of the base, at 0.333 + 0.316 + 0.384 - 0.107 m.
+    assert np.allclose([float(each) for each in found[1].split(",")], [0.088, 0.0, 0.926], atol=1e-6)
 
 
 def test_quaternions_are_found_by_the_names_of_terms() -> None:
