@@ -21,7 +21,7 @@ from embodied_rl.algorithms.advantages import chunk_return
 from embodied_rl.algorithms.base import OffPolicyAlgorithm
 from embodied_rl.algorithms.critic import CriticEnsemble, polyak
 from embodied_rl.algorithms.imitation import mean_imitation_loss
-from embodied_rl.algorithms.optimization import adam, seed_policy_draws, step
+from embodied_rl.algorithms.optimization import actor_parameters, adam, seed_policy_draws, step
 from embodied_rl.errors import UserError
 from embodied_rl.randomness import RowNoise
 from embodied_rl.types import ActionSample, Observation
@@ -106,7 +106,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
         self.critic = CriticEnsemble(size, config.critic_hidden, config.critics, seed).to(policy.device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_optimizer = adam(self.critic.parameters(), config.critic_learning_rate)
-        self.actor_optimizer = adam(policy.parameter_groups()["policy"], config.learning_rate)
+        self.actor_optimizer = adam(actor_parameters(policy), config.learning_rate)
         self.updates = 0
 
     @property

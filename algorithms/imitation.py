@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embodied_rl.algorithms.base import ImitationAlgorithm
-from embodied_rl.algorithms.optimization import adam, seed_policy_draws, step
+from embodied_rl.algorithms.optimization import actor_parameters, adam, seed_policy_draws, step
 from embodied_rl.errors import UserError
 
 
@@ -42,7 +42,7 @@ class Imitation(ImitationAlgorithm):
     def __init__(self, config: ImitationConfig, policy: Any) -> None:
         self.config = config
         self.policy = policy
-        self.optimizer = adam(policy.parameter_groups()["policy"], config.learning_rate, config.weight_decay)
+        self.optimizer = adam(actor_parameters(policy), config.learning_rate, config.weight_decay)
         self.updates = 0
 
     def update(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:

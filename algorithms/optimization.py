@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,11 @@ def seed_policy_draws(generator: torch.Generator, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+def actor_parameters(policy: Any) -> list[nn.Parameter]:
+    """All parameters of `policy` but its value head's, by whatever names it groups them."""
+    return [parameter for name, group in policy.parameter_groups().items() if name != "value" for parameter in group]
 
 
 def adam(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:

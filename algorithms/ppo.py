@@ -19,7 +19,7 @@ from embodied_rl.algorithms.losses import (
     term_mask,
     value_loss,
 )
-from embodied_rl.algorithms.optimization import adam, apply, backward, read_finite, seed_policy_draws
+from embodied_rl.algorithms.optimization import actor_parameters, adam, apply, backward, read_finite, seed_policy_draws
 from embodied_rl.errors import UserError
 from embodied_rl.types import Trajectory
 
@@ -79,9 +79,8 @@ class PPO(OnPolicyAlgorithm):
     def __init__(self, config: PPOConfig, policy: Any) -> None:
         self.config = config
         self.policy = policy
-        groups = policy.parameter_groups()
-        self.policy_optimizer = adam(groups["policy"], config.learning_rate)
-        self.value_optimizer = adam(groups["value"], config.value_learning_rate)
+        self.policy_optimizer = adam(actor_parameters(policy), config.learning_rate)
+        self.value_optimizer = adam(policy.parameter_groups()["value"], config.value_learning_rate)
         self.iterations = 0
         self.updates = 0
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from embodied_rl.algorithms.flow_actor_critic import FlowActorCriticConfig
+from embodied_rl.algorithms.imitation import ImitationConfig
+from embodied_rl.algorithms.ppo import PPOConfig
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies import check
 from embodied_rl.policies.check import synthesise
@@ -18,6 +21,7 @@ from embodied_rl.policies.pi0.policy import Pi0Policy
 from embodied_rl.policies.pi0.preprocessing import find_views, load_tokenizer
 from embodied_rl.randomness import RowNoise
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, connect
+from embodied_rl.types import Trajectory
 
 SEEN = ObservationSpec(state=5, cameras={"agentview": CameraSpec(20, 30), "wrist": CameraSpec(32, 32)})
 ACTION = ActionSpec((-1.0, -2.0, 0.0), (1.0, 2.0, 1.0), (0.0, 0.0, 0.0))
@@ -439,3 +443,74 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
     fails("no key action_in_proj.weight", lambda: reload(tmp_path, False))
     file.write_bytes(b"\x00" * 20)
     fails("model.safetensors is truncated or damaged", lambda: reload(tmp_path, False))
+
+
+# -- algorithms -------------------------------------------------------------------------------------------------------
+
+
+def moved(policy, learn):
+    """Names of the parameters that `learn` changed."""
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    learn()
+    return {name for name, p in policy.named_parameters() if not torch.equal(before[name], p)}
+
+
+def trajectory(policy):
+    """Two decisions in three environments, with made-up rewards."""
+    inputs = policy.prepare(synthesise(policy.observation_spec))
+    sample = policy.act(inputs, noise=noise())
+
+    def fold(x):
+        return x.unflatten(0, (2, 3))
+
+    no = torch.zeros(2, 3, 2, dtype=torch.bool)
+    return Trajectory(
+        inputs={name: fold(value) for name, value in inputs.items()},
+        trace={name: fold(value) for name, value in sample.trace.items()},
+        actions=fold(sample.actions),
+        log_prob=fold(sample.log_prob),
+        value=fold(sample.value),
+        last_value=torch.zeros(3),
+        final_value=torch.zeros(2, 3),
+        reward=torch.arange(12.0).view(2, 3, 2),
+        terminated=no,
+        truncated=no,
+        valid=~no,
+        tickets=torch.zeros(2, 3, dtype=torch.int64),
+        version=0,
+    )
+
+
+@both
+def test_ppo_improves_the_unfrozen_groups(adaptive):
+    policy = build(adaptive, method="noise", joint=True, frozen=("vision",))
+    algorithm = PPOConfig(epochs=1, minibatches=1, critic_warmup=0).build(policy, 0)
+    data, metrics = trajectory(policy), {}
+    names = moved(policy, lambda: metrics.update(algorithm.learn(data, torch.Generator().manual_seed(0))))
+    assert abs(metrics["approx_kl"]) < 1e-8
+    assert not any(name.startswith(("network.vision", "network.projector")) for name in names)
+    for part in ("network.language.", "network.expert.", "network.action_in_proj.", "noise_head.", "value_head."):
+        assert any(name.startswith(part) for name in names), part
+
+
+@both
+def test_cloning_and_critics_improve_it_too(adaptive):
+    policy = build(adaptive, frozen=("vision", "language"))
+    inputs = policy.prepare(synthesise(policy.observation_spec))
+    generator = torch.Generator().manual_seed(0)
+    anchor = {"inputs": inputs, "actions": torch.zeros(6, 4, 3), "valid": torch.ones(6, 4, dtype=torch.bool)}
+    cloning = ImitationConfig().build(policy, 0)
+    names = moved(policy, lambda: cloning.update(anchor, generator))
+    assert any(name.startswith("network.expert.") for name in names)
+    assert not any(name.startswith(("network.vision", "network.language", "value_head")) for name in names)
+    critics = FlowActorCriticConfig(critic_hidden=(16,), critic_warmup_updates=0, actor_every=1).build(policy, 0)
+    replay = {
+        "inputs": inputs,
+        "next_inputs": inputs,
+        "actions": torch.zeros(6, 2, 3),
+        "valid": torch.ones(6, 2, dtype=torch.bool),
+        "reward": torch.ones(6),
+        "discount": torch.full((6,), 0.9),
+        "anchor": anchor,
+    }
+    assert any(name.startswith("network.expert.") for name in moved(policy, lambda: critics.update(replay, generator)))
