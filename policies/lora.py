@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
-import peft
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from embodied_rl.errors import UserError
@@ -14,9 +13,9 @@ from embodied_rl.errors import UserError
 ADAPTER = "default"
 
 
-def linear_layers(module: nn.Module, prefix: str = "") -> list[str]:
-    """Names of the linear layers below `module`, each after `prefix`: what LoRA usually adapts."""
-    return [prefix + name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+def linear_layers(module: nn.Module) -> list[str]:
+    """Names of the linear layers below `module`: what LoRA usually adapts."""
+    return [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
 
 
 def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> None:
@@ -32,6 +31,8 @@ def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float)
     wrong = [name for name in targets if not isinstance(layers.get(name), nn.Linear | nn.Conv2d)]
     if wrong or not targets:
         raise UserError(f"LoRA: no linear or convolution layer is called {', '.join(wrong[:3]) or 'anything given'}")
+    import peft  # seconds, for those who adapt
+
     exactly = "|".join(map(re.escape, targets))  # a list would also match the ends of longer names
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=exactly, lora_dropout=0.0)  # type: ignore[arg-type]
     peft.inject_adapter_in_model(config, module, ADAPTER)
@@ -40,12 +41,12 @@ def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float)
 def merged_weights(module: nn.Module) -> dict[str, Tensor]:
     """`module.state_dict()` as if adapters never existed: adapted weights with B A alpha / rank added, under the names
     that they had before `add_lora`. The module itself stays as it is."""
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+    layers: dict[str, Any] = dict(module.named_modules())
     weights: dict[str, Tensor] = {}
     for key, value in module.state_dict().items():
         owner, separator, parameter = key.rpartition(".base_layer.")
-        if separator and owner in layers:
-            delta = layers[owner].get_delta_weight(ADAPTER) if parameter == "weight" else 0  # type: ignore[operator]
+        if separator:
+            delta = layers[owner].get_delta_weight(ADAPTER) if parameter == "weight" else 0
             weights[f"{owner}.{parameter}"] = (value + delta).detach()
         elif ".lora_A." not in key and ".lora_B." not in key:
             weights[key] = value

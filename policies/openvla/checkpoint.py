@@ -42,11 +42,14 @@ class Checkpoint:
     dtype: torch.dtype
     """Of the stored weights."""
     statistics: Mapping[str, Any]
-    """{dataset: {"action": ..., "proprio": ...}}; those of fine-tuning replace those of pre-training."""
+    """{"action": ..., "proprio": ...} of one dataset."""
+    statistics_source: str
+    """Where they were found, for messages."""
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Raises `UserError` naming the file when something is missing, damaged or of another family."""
+def open_checkpoint(folder: str | Path, unnorm_key: str | None) -> Checkpoint:
+    """The folder with the statistics of dataset `unnorm_key`. Raises `UserError` naming the file when something is
+    missing, damaged or of another family."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
     architecture = Architecture.from_json(config, str(folder / "config.json"))
@@ -57,23 +60,32 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             f"{processor_json} makes images of {processor.size} pixels, the network takes {architecture.image_size}"
         )
     parts = {part: file for part in PARTS if (file := _part_file(folder, part))}
-    fine_tuned = folder / "dataset_statistics.json"
-    statistics = read_json(fine_tuned) if fine_tuned.is_file() else config.get("norm_stats", {})
+    source = folder / "dataset_statistics.json"  # of fine-tuning: they replace those of pre-training
+    if source.is_file():
+        datasets = read_json(source)
+    else:
+        source, datasets = folder / "config.json", config.get("norm_stats", {})
+    key = _dataset(datasets, unnorm_key, source)
+    action = datasets[key].get("action", {})
+    widths = {len(value) for value in action.values() if isinstance(value, list)}
+    if len(widths) != 1:
+        raise UserError(f"{source}: '{key}' has no statistics 'action', or they differ in size")
+    architecture = replace(architecture, action_dim=widths.pop())
     dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"{folder / 'config.json'} names no torch_dtype")
-    return Checkpoint(folder, _with_parts(architecture, folder, parts), processor, parts, dtype, statistics)
+    architecture = _with_parts(architecture, folder, parts)
+    return Checkpoint(folder, architecture, processor, parts, dtype, datasets[key], f"{source}, '{key}'")
 
 
-def statistics_key(statistics: Mapping[str, Any], wanted: str | None, source: str) -> str:
-    """The dataset whose statistics to use: `wanted`, with or without the suffix "_no_noops" that LIBERO's fine-tuning
-    sets carry, or the only one when None. Raises `UserError` naming `source`."""
-    if wanted is None and len(statistics) == 1:
-        return next(iter(statistics))
+def _dataset(datasets: Mapping[str, Any], wanted: str | None, source: Path) -> str:
+    """`wanted`, with or without the suffix "_no_noops" that LIBERO's fine-tuning sets carry; None = the only one."""
+    if wanted is None and len(datasets) == 1:
+        return next(iter(datasets))
     for key in () if wanted is None else (wanted, f"{wanted}_no_noops"):
-        if key in statistics:
+        if key in datasets:
             return key
-    has = ", ".join(sorted(statistics)) or "none"
+    has = ", ".join(sorted(datasets)) or "none"
     raise UserError(f"{source} has no statistics '{wanted}': set the policy's unnorm_key to one of {has}")
 
 

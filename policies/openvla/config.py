@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 from embodied_rl.errors import UserError, unknown
 from embodied_rl.policies.openvla.architecture import SIZES, Architecture
-from embodied_rl.policies.openvla.checkpoint import Checkpoint, open_checkpoint
 from embodied_rl.policies.openvla.preprocessing import Resize
 from embodied_rl.policies.openvla.prompts import Template, Tokenize
 from embodied_rl.policies.openvla.tokens import Vocabulary
 from embodied_rl.specs import ActionSpec, ObservationSpec
 
 if TYPE_CHECKING:
+    from embodied_rl.policies.openvla.checkpoint import Checkpoint
     from embodied_rl.policies.openvla.policy import OpenVLAPolicy
 
 GROUPS = ("vision", "projector", "language", "heads", "value")
@@ -91,7 +91,9 @@ class OpenVLAConfig:
     def _source(self) -> tuple[Checkpoint | None, Architecture]:
         if not self.checkpoint:
             return None, replace(SIZES[self.size], images=len(self.cameras))
-        checkpoint = open_checkpoint(self.checkpoint)
+        from embodied_rl.policies.openvla.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(self.checkpoint, self.unnorm_key)
         return checkpoint, replace(checkpoint.architecture, images=len(self.cameras))
 
 

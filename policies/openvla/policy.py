@@ -15,7 +15,7 @@ from embodied_rl.policies.base import Inputs, Policy
 from embodied_rl.policies.lora import add_lora, linear_layers
 from embodied_rl.policies.normalization import Normaliser
 from embodied_rl.policies.openvla.architecture import Architecture
-from embodied_rl.policies.openvla.checkpoint import Checkpoint, load_network, save_network, statistics_key
+from embodied_rl.policies.openvla.checkpoint import Checkpoint, load_network, save_network
 from embodied_rl.policies.openvla.config import OpenVLAConfig
 from embodied_rl.policies.openvla.heads import token_value_head
 from embodied_rl.policies.openvla.network import OpenVLANetwork
@@ -153,14 +153,12 @@ class OpenVLAPolicy(Policy):
         save_network(self.network, self.checkpoint, Path(folder))
 
     def _fit(self, checkpoint: Checkpoint) -> None:
-        source = f"{checkpoint.folder / 'dataset_statistics.json'}"
-        key = statistics_key(checkpoint.statistics, self.config.unnorm_key, source)
-        statistics = checkpoint.statistics[key]
-        for kind, normaliser in {"action": self.action_normaliser, "proprio": self.state_normaliser}.items():
-            if kind == "action" or self.architecture.proprio_dim:
-                if kind not in statistics:
-                    raise UserError(f"{source}: '{key}' has no statistics '{kind}'")
-                normaliser.fit(statistics[kind], f"{source}, '{key}', '{kind}'")
+        statistics, source = checkpoint.statistics, checkpoint.statistics_source
+        self.action_normaliser.fit(statistics["action"], f"{source}, 'action'")
+        if self.architecture.proprio_dim:
+            if "proprio" not in statistics:
+                raise UserError(f"{source} has no statistics 'proprio', which the network's state token needs")
+            self.state_normaliser.fit(statistics["proprio"], f"{source}, 'proprio'")
 
     def _action_spec(self, spec: ActionSpec) -> ActionSpec:
         if spec.dim != self.architecture.action_dim:
