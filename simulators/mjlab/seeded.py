@@ -58,8 +58,9 @@ def make(cfg: Any, device: str) -> Any:
             resample_by_seed(self, self.seeds)
 
         def step(self, action: Any) -> Any:
-            # Whatever else a task draws on the way (pushes) depends on the episodes that run now, not on past ones.
-            seed_everything(*self.seeds.tolist(), *self.episode_length_buf.tolist())
+            if {"interval", "step"} & set(self.event_manager.available_modes):
+                # What is drawn on the way (pushes) depends on all episodes that run now, not on past ones.
+                seed_everything(*self.seeds.tolist(), *self.episode_length_buf.tolist())
             # Rows that ended are not reset before the chunk's border: until then they go on, holding still.
             self._manual_reset_pending.zero_()
             return super().step(action)
