@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,8 @@ PROPRIOCEPTION = (
 
 _built: OrderedDict[tuple[suites.Task, int | None, bool], Scene] = OrderedDict()
 """The tasks of this process, the one used last at the end; all environments of a process share them."""
+
+_open: weakref.WeakSet[LiberoEnvironment] = weakref.WeakSet()
 
 
 def built(task: suites.Task, image_size: int | None, reflections: bool, keep: int) -> Scene:
@@ -59,6 +62,7 @@ class LiberoEnvironment(Environment):
     def __init__(self, **options: Any) -> None:
         """`options` as in `LiberoConfig`. Raises `UserError` as its `build` does."""
         config = LiberoConfig(**options)
+        _open.add(self)
         self._config = config
         self._chosen = config.chosen
         self._limits = config.limits
@@ -109,10 +113,12 @@ class LiberoEnvironment(Environment):
         return observation
 
     def close(self) -> None:
-        """Also frees the tasks that no other environment of this process has in use."""
+        """The last environment of a process also frees the tasks that were built."""
         self._scene = self._world = None
-        _built.clear()
-        gc.collect()
+        _open.discard(self)
+        if not _open:
+            _built.clear()
+            gc.collect()
 
     def _build(self, index: int) -> Scene:
         return built(self._chosen[index], self._size, self._config.reflections, self._config.built_tasks)

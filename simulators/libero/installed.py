@@ -32,10 +32,6 @@ def problems() -> dict[str, Any]:
     Raises `UserError` without LIBERO, its assets or OpenGL (robosuite loads it even when nothing is rendered).
     """
     mujoco_gl.configure()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    if visible.isdigit():
-        # EGL counts all devices of the machine, CUDA only the visible ones.
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", visible)
     folder = assets.folder()
     _configuration()
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _hidden("MUJOCO_EGL_DEVICE_ID"):

@@ -6,6 +6,7 @@ import atexit
 import functools
 import hashlib
 import importlib
+import os
 import weakref
 from typing import Any
 
@@ -22,10 +23,21 @@ _UNSEEN = 5
 @functools.cache
 def _context() -> Any:
     """The process's OpenGL context. One is enough, and no scene can draw into another's."""
-    # Not `mujoco.GLContext`, which was chosen when mujoco was imported.
-    context = importlib.import_module(f"mujoco.{mujoco_gl.configure()}").GLContext(_WIDTH, _HEIGHT)
+    backend = mujoco_gl.configure()
+    module = importlib.import_module(f"mujoco.{backend}")  # `mujoco.GLContext` was chosen when mujoco was imported
+    if backend == "egl":
+        _choose_device(module)
+    context = module.GLContext(_WIDTH, _HEIGHT)
     atexit.register(_free)  # while the interpreter can still call OpenGL
     return context
+
+
+def _choose_device(egl: Any) -> None:
+    """The first GPU that CUDA may use, unless MUJOCO_EGL_DEVICE_ID says which. EGL counts all GPUs of a machine, also
+    those that CUDA_VISIBLE_DEVICES hides; where it sees fewer, in a container, it is left to choose."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    if visible.isdigit() and int(visible) < len(egl.EGL.eglQueryDevicesEXT()):
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", visible)
 
 
 def _free() -> None:
@@ -41,6 +53,7 @@ class Upload:
     """Meshes and textures in OpenGL; tasks whose scenes hold the same ones share it."""
 
     def __init__(self, model: Any) -> None:
+        self.context: Any = None
         mujoco = installed.mujoco()
         _context().make_current()
         self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
@@ -59,12 +72,13 @@ class Upload:
 
     def free(self) -> None:
         """Give the memory back; the scenes that share it can no longer be rendered."""
-        _context().make_current()
-        self.context.free()
+        if self.context is not None:
+            _context().make_current()
+            self.context.free()
+            self.context = None
 
     def __del__(self) -> None:
-        if self.context is not None:
-            self.free()
+        self.free()
 
 
 class Renderer:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -152,3 +155,26 @@ def test_success_is_liberos_and_ends_the_episode() -> None:
     env.close()
     with pytest.raises(RuntimeError, match="closed"):
         env.observe()
+
+
+RENDER = """
+from embodied_rl.simulators.base import InitialState
+from embodied_rl.simulators.libero.environment import LiberoEnvironment
+env = LiberoEnvironment(suite="libero_object", tasks=[3], image_size=64, settle_steps=0)
+env.reset(InitialState(0, 0, 3))
+print(env.observe()["image.agentview"].std() > 10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["egl", "osmesa"])
+def test_a_process_renders_on_the_device_it_was_given_and_ends_without_a_word(library: str) -> None:
+    """robosuite itself refuses a device that CUDA_VISIBLE_DEVICES lacks, and complains when the interpreter ends."""
+    variables = {"MUJOCO_GL": library, "CUDA_VISIBLE_DEVICES": "7", "MUJOCO_EGL_DEVICE_ID": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", RENDER],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200, env=os.environ | variables,
+    )  # fmt: skip
+    assert done.stdout.split() == ["True"], done.stderr
+    for word in ("Traceback", "Exception ignored", "Error"):
+        assert word not in done.stderr, done.stderr
