@@ -84,7 +84,7 @@ class Scene:
         self._place(self.world(), 0)
         self.controller = Controller(self.model, self.env.robots[0])
         self.recorded = init_states.read(task.init_states)
-        self._starts: dict[tuple[int, int], Start] = {}
+        self._starts: dict[tuple[int, int, int], Start] = {}
         self._view = mujoco.MjData(self.model)
         self._renderer = Renderer(self.model, CAMERAS, image_size, reflections) if image_size else None
         self._sensors()
@@ -110,7 +110,7 @@ class Scene:
         if index is None:
             self._place(world, seed)
         else:
-            start = self._starts.get((index, settle))
+            start = self._starts.get((index, seed, settle))
             if start:
                 self._restore(world, start)
                 return
@@ -119,7 +119,7 @@ class Scene:
         for _ in range(settle):
             self._advance(world, NO_OP)
         if index is not None:
-            self._starts[index, settle] = self._keep(world)
+            self._starts[index, seed, settle] = self._keep(world)
 
     def step(self, world: World, action: np.ndarray) -> bool:
         """One control step of `action` float [7]; whether the task is solved."""
