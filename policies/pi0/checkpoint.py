@@ -61,40 +61,33 @@ def to_published(weights: Mapping[str, Tensor], unused: Tensor, lerobot: bool = 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder, opened: its weights are mapped into memory and not yet read."""
+    """What a folder says about itself before its weights are used."""
 
     folder: Path
-    weights: dict[str, Tensor]
     config: dict[str, Any]
     """config.json, {} without one."""
+    adaptive: bool
+    """It is π₀.₅."""
+    unused: Tensor | None
+    """See `UNUSED`; it is written back as it was, and read then."""
 
     @staticmethod
     def open(folder: str | Path) -> Checkpoint:
         """Raises `UserError` naming the file when it is missing, damaged or of another family."""
         folder = Path(folder)
-        weights = read_weights(folder)
-        if not any(key.removeprefix(LEROBOT) == "action_in_proj.weight" for key in weights):
+        weights = {key.removeprefix(LEROBOT): value for key, value in read_weights(folder).items()}
+        if "action_in_proj.weight" not in weights:
             raise UserError(f"{folder} holds no π₀ or π₀.₅ in openpi's PyTorch layout: no key action_in_proj.weight")
         path = folder / "config.json"
         config = read_json(path) if path.is_file() else {}
         if config.get("use_relative_actions"):
             raise UserError(f"{path}: use_relative_actions is not supported; fine-tune with absolute or delta actions")
-        return Checkpoint(folder, weights, config)
-
-    @property
-    def adaptive(self) -> bool:
-        """It is π₀.₅."""
-        return any(key.removeprefix(LEROBOT) == "time_mlp_in.weight" for key in self.weights)
+        return Checkpoint(folder, config, "time_mlp_in.weight" in weights, weights.get(UNUSED))
 
     @property
     def horizon(self) -> int | None:
         """What the folder says that it was trained for; the weights do not tell."""
         return self.config.get("action_horizon", self.config.get("chunk_size"))
-
-    @property
-    def unused(self) -> Tensor | None:
-        """See `UNUSED`; it is written back as it was."""
-        return self.weights.get(UNUSED, self.weights.get(LEROBOT + UNUSED))
 
     def network(self, sizes: NetworkConfig, horizon: int) -> Network:
         """The network with these weights, on the CPU. Raises `UserError` naming what does not fit."""
@@ -108,7 +101,7 @@ class Checkpoint:
             )
         with torch.device("meta"):
             network = Network(sizes, horizon)
-        load_strict(network, from_published(self.weights, network.state_dict()), self.folder)
+        load_strict(network, from_published(read_weights(self.folder), network.state_dict()), self.folder)
         return network
 
     def load_heads(self, heads: Mapping[str, nn.Module | None]) -> None:
@@ -126,4 +119,4 @@ class Checkpoint:
         return find_statistics(self.folder, asset, self.adaptive)
 
     def __deepcopy__(self, memo: dict) -> Checkpoint:
-        return self  # immutable, and as large as the network
+        return self  # immutable, and its unused layer is large

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embodied_rl.errors import UserError, unknown
-from embodied_rl.policies.lora import merged_weights
 from embodied_rl.policies.pi0.checkpoint import to_published
 from embodied_rl.policies.pi0.config import GEMMA_2B, GEMMA_300M
 from embodied_rl.policies.pi0.network import NetworkConfig
@@ -40,6 +39,8 @@ def save(policy: Pi0Policy, folder: Path, layout: str) -> None:
     """See `Pi0Policy.save_pretrained`. Raises `UserError` when the folder cannot be written."""
     if layout not in LAYOUTS:
         raise unknown("checkpoint layout", layout, LAYOUTS)
+    from embodied_rl.policies.lora import merged_weights  # peft is slow to import
+
     lerobot = layout == "lerobot"
     heads = {"value_head": policy.value_head, "noise_head": policy.noise_head}
     whole = to_published(merged_weights(policy.network), _unused(policy), lerobot)

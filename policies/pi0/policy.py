@@ -14,7 +14,6 @@ from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies.base import Inputs
 from embodied_rl.policies.flow import FlowSampler, bounded_std
 from embodied_rl.policies.flow_policy import FlowPolicy
-from embodied_rl.policies.lora import add_lora, linear_layers
 from embodied_rl.policies.mlp import mlp
 from embodied_rl.policies.normalization import Normaliser
 from embodied_rl.policies.pi0.checkpoint import Checkpoint
@@ -209,6 +208,8 @@ class Pi0Policy(FlowPolicy):
 
     def _choose_trained(self) -> None:
         if self.config.lora_rank:
+            from embodied_rl.policies.lora import add_lora, linear_layers  # peft is slow to import
+
             for part in {"vision", "language", "expert"}.difference(self.config.frozen):
                 module = getattr(self.network, part)
                 add_lora(module, linear_layers(module), self.config.lora_rank, self.config.lora_alpha)

@@ -55,13 +55,13 @@ def find_views(spec: ObservationSpec, cameras: Sequence[str], chosen: Mapping[st
 
 
 class Tokenizer(Protocol):
-    """Any object that turns text into token ids."""
+    """Any object that turns text into token ids: those of transformers and of tokenizers of your own."""
 
     bos_token_id: int
-    """Put before the first token."""
+    """Begins a prompt."""
 
-    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]:
-        """Ids of `text`; called with add_special_tokens=False."""
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, with or without `bos_token_id` in front."""
         ...
 
 
@@ -70,7 +70,7 @@ class Bytes:
 
     bos_token_id = 2
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return [3 + byte for byte in text.encode()]
 
 
@@ -103,8 +103,7 @@ def clean(instruction: str) -> str:
 
 def pi0_prompt(tokenizer: Tokenizer, instruction: str) -> list[int]:
     """Token ids of π₀'s prompt: the instruction and a newline, encoded apart."""
-    ids = tokenizer.encode(clean(instruction), add_special_tokens=False)
-    return [tokenizer.bos_token_id, *ids, *tokenizer.encode("\n", add_special_tokens=False)]
+    return [tokenizer.bos_token_id, *_ids(tokenizer, clean(instruction)), *_ids(tokenizer, "\n")]
 
 
 def state_bins(state: np.ndarray) -> np.ndarray:
@@ -119,7 +118,7 @@ def pi05_text(instruction: str, state: np.ndarray) -> str:
 
 def pi05_prompt(tokenizer: Tokenizer, instruction: str, state: np.ndarray) -> list[int]:
     """Token ids of `pi05_text`."""
-    return [tokenizer.bos_token_id, *tokenizer.encode(pi05_text(instruction, state), add_special_tokens=False)]
+    return [tokenizer.bos_token_id, *_ids(tokenizer, pi05_text(instruction, state))]
 
 
 def pad(prompts: Sequence[Sequence[int]], instructions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,3 +135,8 @@ def pad(prompts: Sequence[Sequence[int]], instructions: Sequence[str], length: i
         tokens[row, : len(prompt)] = prompt
         mask[row, : len(prompt)] = True
     return tokens, mask
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids = list(tokenizer.encode(text))
+    return ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids

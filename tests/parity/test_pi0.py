@@ -196,7 +196,7 @@ def test_rollout(index):
         trace["chain"] = data["chains"]
     else:
         k = settings["denoise_index"]
-        trace["x_t"], trace["x_next"] = data["chains"][:, k], sampler._scored(data["chains"][:, k + 1])
+        trace["x_t"], trace["x_next"] = data["chains"][:, k], data["chains"][:, k + 1, : sampler.chunk, : sampler.dim]
     score, entropy = sampler.score(case.network.velocity, case.encode(), trace, std)
     close(score, data["train_logprobs"].flatten(1), 1e-4)
     if joint:  # the reference reports 0 otherwise
@@ -248,10 +248,9 @@ class Recorder:
     def __init__(self):
         self.texts = []
 
-    def encode(self, text, add_special_tokens=True):
-        assert not add_special_tokens
+    def encode(self, text):
         self.texts.append(text)
-        return [100 + len(text)]
+        return [2, 100 + len(text)]
 
 
 def test_prompts(preprocess):
@@ -265,5 +264,6 @@ def test_prompts(preprocess):
     assert recorder.texts == config["pi05_texts"]
     recorder = Recorder()
     for prompt in config["prompts"]:
-        assert pi0_prompt(recorder, prompt)[0] == 2
+        ids = pi0_prompt(recorder, prompt)
+        assert ids == [2, 100 + len(recorder.texts[-2]), 101]
     assert recorder.texts == [text for text, _ in config["pi0_encode_calls"]]

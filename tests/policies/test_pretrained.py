@@ -58,6 +58,13 @@ def test_a_checkpoint_can_be_written_over_the_one_it_was_read_from(tmp_path, wei
     equal(weights, read)
 
 
+def test_what_was_read_can_be_changed_without_changing_the_file(tmp_path, weights):
+    write_weights(tmp_path, weights)
+    for value in read_weights(tmp_path).values():
+        value.add_(1)
+    equal(weights, read_weights(tmp_path))
+
+
 def fails(message, act):
     with pytest.raises(UserError, match=message) as caught:
         act()
