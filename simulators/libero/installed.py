@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
 import os
-import shutil
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
+from embodied_rl.errors import UserError
 from embodied_rl.simulators import mujoco_gl
 from embodied_rl.simulators.libero import assets
 from embodied_rl.simulators.libero.suites import package
@@ -46,13 +46,18 @@ def problems() -> dict[str, Any]:
 
 def _configuration() -> None:
     """LIBERO reads a configuration when it is imported and asks on standard input when there is none: it gets one of
-    its own, in a folder that goes with this process."""
-    folder = Path(tempfile.mkdtemp(prefix="embodied-rl-libero-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    its own, in a folder of the user's own among the temporary ones."""
     root = package()
     places = {"bddl_files": "bddl_files", "init_states": "init_files", "datasets": "../datasets", "assets": "assets"}
-    lines = [f'"{name}": "{root / place}"\n' for name, place in {"benchmark_root": "", **places}.items()]
-    (folder / "config.yaml").write_text("".join(lines))
+    text = "".join(f'"{name}": "{root / place}"\n' for name, place in {"benchmark_root": "", **places}.items())
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    folder = Path(tempfile.gettempdir()) / f"embodied-rl-libero-{os.getuid()}-{digest}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder} belongs to another user: remove it, or set TMPDIR to a folder of your own")
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, folder / "config.yaml")  # at once: other processes may be reading
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
 
 
