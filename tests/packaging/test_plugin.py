@@ -6,8 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 Python = Callable[..., str]
 
 NAMES = """
@@ -54,7 +52,6 @@ sys.exit(main(["train", "line", "--seed", "1", "--out", "run"]))
 """
 
 
-@pytest.mark.slow
 def test_its_recipe_trains(plugin: Path, site: Path, tmp_path: Path, python: Python) -> None:
     python(TRAIN, plugin, site, cwd=tmp_path)
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -13,7 +13,7 @@ from embodied_rl.simulators.base import Simulator
 from embodied_rl.simulators.check import check
 from embodied_rl.simulators.isaaclab.config import IsaacLabConfig
 
-pytestmark = [needs_isaaclab, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [needs_isaaclab, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,6 @@ print("rendered")
 """
 
 
-@pytest.mark.slow
 def test_images_where_there_is_a_renderer() -> None:
     if reason := vulkan.problem():
         pytest.skip(reason)

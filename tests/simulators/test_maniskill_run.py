@@ -18,7 +18,7 @@ from embodied_rl.recipes.quickstart import quickstart
 from embodied_rl.training.metrics import read_metrics
 
 # Five runs of the real simulator, each with its start-up.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 SMALL = [
     "--simulator.num-envs=4",

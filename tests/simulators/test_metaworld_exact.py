@@ -54,7 +54,6 @@ def follow(name: str, env: MetaWorldEnvironment, state: InitialState) -> None:
         assert (terminated, truncated) == (success, k + 1 == STEPS)
 
 
-@pytest.mark.slow
 def test_every_task_equals_metaworlds_own() -> None:
     env = MetaWorldEnvironment(list(INSTRUCTIONS), max_steps=STEPS)
     for task, name in enumerate(INSTRUCTIONS):

@@ -19,7 +19,7 @@ STEPS = 20
 ACTIONS = np.random.default_rng(1).uniform(-2, 2, (STEPS, 7)).astype(np.float32)
 ROWS = np.arange(len(SEEDS))
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module", params=[STATE, RGB])

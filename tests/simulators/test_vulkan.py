@@ -73,7 +73,6 @@ def test_the_probe_has_a_deadline(cache: Path) -> None:
     assert "longer than 0 s" in str(vulkan.problem(deadline=0.01))
 
 
-@pytest.mark.slow
 def test_a_worker_renders_maniskill(tmp_path: Path) -> None:
     if problem := vulkan.problem():
         pytest.skip(problem)

@@ -12,7 +12,7 @@ from isaaclab_reference import LIMIT, REACH, REWARD, SEEDS, STACK, Seeds, play
 from embodied_rl.simulators.check import check
 from embodied_rl.simulators.isaaclab.config import IsaacLabConfig
 
-pytestmark = [needs_isaaclab, pytest.mark.soak, pytest.mark.timeout(1800)]
+pytestmark = [needs_isaaclab, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_stacking_has_isaac_labs_numbers_and_its_success(tmp_path: Path) -> None:
