@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     """config.json, {} without one."""
+    layout: Literal["openpi", "lerobot"]
     adaptive: bool
     """It is π₀.₅."""
     unused: Tensor | None
@@ -75,14 +76,16 @@ class Checkpoint:
     def open(folder: str | Path) -> Checkpoint:
         """Raises `UserError` naming the file when it is missing, damaged or of another family."""
         folder = Path(folder)
-        weights = {key.removeprefix(LEROBOT): value for key, value in read_weights(folder).items()}
+        stored = read_weights(folder)
+        weights = {key.removeprefix(LEROBOT): value for key, value in stored.items()}
         if "action_in_proj.weight" not in weights:
             raise UserError(f"{folder} holds no π₀ or π₀.₅ in openpi's PyTorch layout: no key action_in_proj.weight")
         path = folder / "config.json"
         config = read_json(path) if path.is_file() else {}
         if config.get("use_relative_actions"):
             raise UserError(f"{path}: use_relative_actions is not supported; fine-tune with absolute or delta actions")
-        return Checkpoint(folder, config, "time_mlp_in.weight" in weights, weights.get(UNUSED))
+        layout = "openpi" if "action_in_proj.weight" in stored else "lerobot"
+        return Checkpoint(folder, config, layout, "time_mlp_in.weight" in weights, weights.get(UNUSED))
 
     @property
     def horizon(self) -> int | None:

@@ -91,8 +91,8 @@ class Pi0Config:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-    """Of the weights: the checkpoint's own, or cast; with bfloat16, norms, embeddings of patches and the projections of
-    actions, state and time stay float32, as in openpi. Actions and their scores are float32 always."""
+    """Of the weights: the checkpoint's own, or cast; with bfloat16, norms, the embedding of patches and the small
+    projections stay float32, as in openpi. Sampled actions, scores and values are float32 always."""
 
     def __post_init__(self) -> None:
         if self.lora_rank < 0 or self.prompt_length < 1:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from embodied_rl.policies.normalization import Normaliser
     from embodied_rl.policies.pi0.policy import Pi0Policy
 
-LAYOUTS = ("openpi", "lerobot")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,26 +34,31 @@ NORMALISER = "policy_preprocessor_step_0_normalizer_processor.safetensors"
 UNNORMALISER = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 
 
-def save(policy: Pi0Policy, folder: Path, layout: str) -> None:
-    """See `Pi0Policy.save_pretrained`. Raises `UserError` when the folder cannot be written."""
-    if layout not in LAYOUTS:
-        raise unknown("checkpoint layout", layout, LAYOUTS)
+def save(policy: Pi0Policy, folder: Path, layout: str | None) -> None:
+    """See `Pi0Policy.save_pretrained`."""
     from embodied_rl.policies.lora import merged_weights  # peft is slow to import
 
-    lerobot = layout == "lerobot"
-    heads = {"value_head": policy.value_head, "noise_head": policy.noise_head}
-    whole = to_published(merged_weights(policy.network), _unused(policy), lerobot)
-    write_weights(folder, whole, shard_bytes=math.inf)  # both loaders want one file
-    own = {f"{name}.{key}": value for name, head in heads.items() if head for key, value in head.state_dict().items()}
-    write_weights(folder, own, "heads", math.inf)
-    tokenizer = Path(policy.config.tokenizer or policy.config.checkpoint)
+    original = policy.checkpoint
+    layout = layout or (original.layout if original else "openpi")
+    if layout not in WRITERS:
+        raise unknown("checkpoint layout", layout, WRITERS)
+    if original is not None and original.folder.resolve() in folder.resolve().parents:
+        raise UserError(f"{folder} is inside the checkpoint that the policy was loaded from; save it beside that")
     try:
-        (_write_lerobot if lerobot else _write_openpi)(policy, folder)
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file() and tokenizer.resolve() != folder.resolve():
-                shutil.copyfile(tokenizer / name, folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        if original is None or layout != original.layout:
+            WRITERS[layout](policy, folder)
+            _copy_tokenizer(Path(policy.config.tokenizer or policy.config.checkpoint), folder)
+        elif original.folder.resolve() != folder.resolve():
+            weights = shutil.ignore_patterns("model*.safetensors*", "heads.safetensors", ".*")
+            shutil.copytree(original.folder, folder, ignore=weights, dirs_exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}; free disk space or choose another place") from error
+    whole = to_published(merged_weights(policy.network), _unused(policy), layout == "lerobot")
+    write_weights(folder, whole, shard_bytes=math.inf)  # both loaders want one file
+    heads = {"value_head": policy.value_head, "noise_head": policy.noise_head}
+    own = {f"{name}.{key}": value for name, head in heads.items() if head for key, value in head.state_dict().items()}
+    write_weights(folder, own, "heads", math.inf)
 
 
 def _unused(policy: Pi0Policy) -> Tensor:
@@ -65,15 +69,26 @@ def _unused(policy: Pi0Policy) -> Tensor:
     return torch.zeros((sizes.vocabulary, sizes.expert.width), dtype=policy.network.expert.dtype)
 
 
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
 def _write_openpi(policy: Pi0Policy, folder: Path) -> None:
     sizes = policy.config.network
-    precision = str(policy.network.language.dtype).removeprefix("torch.")
-    config = {"action_dim": sizes.action_dim, "action_horizon": policy.horizon, "precision": precision}
+    wanted = "quantile" if sizes.adaptive else "mean_std"
+    statistics = {}
+    for name, normaliser in {"state": policy.state_normaliser, "actions": policy.action_normaliser}.items():
+        if not normaliser.name.endswith(wanted):
+            raise UserError(
+                f"openpi normalises {policy.config.name} by {wanted}, this policy's {name} by {normaliser.name}: "
+                f"save it in the layout 'lerobot'"
+            )
+        statistics[name] = normaliser.as_dict()
+    config = {"action_dim": sizes.action_dim, "action_horizon": policy.horizon, "precision": _precision(policy)}
     _write_json(folder / "config.json", config | _variants(sizes))
-    statistics = {"state": policy.state_normaliser.as_dict(), "actions": policy.action_normaliser.as_dict()}
-    _write_json(
-        folder / "assets" / (policy.config.asset or "embodied_rl") / "norm_stats.json", {"norm_stats": statistics}
-    )
+    _write_json(folder / "assets" / "embodied_rl" / "norm_stats.json", {"norm_stats": statistics})
 
 
 def _write_lerobot(policy: Pi0Policy, folder: Path) -> None:
@@ -101,7 +116,7 @@ def _write_lerobot(policy: Pi0Policy, folder: Path) -> None:
         "num_inference_steps": policy.config.denoise_steps,
         "image_resolution": [size, size],
         "tokenizer_max_length": policy.config.prompt_length,
-        "dtype": str(policy.network.language.dtype).removeprefix("torch."),
+        "dtype": _precision(policy),
     }
     _write_json(folder / "config.json", config | _variants(sizes))
 
@@ -145,8 +160,12 @@ def _write_lerobot(policy: Pi0Policy, folder: Path) -> None:
 
 def _mode(normaliser: Normaliser) -> str:
     """LeRobot's name of a normaliser's statistics; its epsilons differ from openpi's, 1e-8 against 1e-6."""
-    modes = {"_".join(name.split("_")[1:]): mode for mode, name in LEROBOT_MODES.items()}
-    return modes[normaliser.name.split("_", 1)[1]]
+    kind = normaliser.name.split("_", 1)[1]
+    return next(mode for mode, name in LEROBOT_MODES.items() if name == f"lerobot_{kind}")
+
+
+def _precision(policy: Pi0Policy) -> str:
+    return str(policy.network.language.dtype).removeprefix("torch.")
 
 
 def _variants(sizes: NetworkConfig) -> dict[str, str]:
@@ -163,3 +182,7 @@ def _float(values: list[float]) -> Tensor:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2))
+
+
+WRITERS = {"openpi": _write_openpi, "lerobot": _write_lerobot}
+"""What a layout has besides weights."""

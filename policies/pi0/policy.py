@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -81,7 +80,8 @@ class Pi0Policy(FlowPolicy):
         else:
             self.network = self.checkpoint.network(sizes, config.horizon)
             self.checkpoint.load_heads({"value_head": self.value_head, "noise_head": self.noise_head})
-        self._cast()
+        if config.dtype != "stored":
+            cast(self.network, getattr(torch, config.dtype))
         self._fit(size, dim)
         self._choose_trained()
         self.network.set_checkpointing(config.gradient_checkpointing)
@@ -210,9 +210,10 @@ class Pi0Policy(FlowPolicy):
         if self.config.lora_rank:
             from embodied_rl.policies.lora import add_lora, linear_layers  # peft is slow to import
 
-            for part in {"vision", "language", "expert"}.difference(self.config.frozen):
-                module = getattr(self.network, part)
-                add_lora(module, linear_layers(module), self.config.lora_rank, self.config.lora_alpha)
+            for part in ("vision", "language", "expert"):
+                if part not in self.config.frozen:
+                    module = getattr(self.network, part)
+                    add_lora(module, linear_layers(module), self.config.lora_rank, self.config.lora_alpha)
         groups = self.parameter_groups()
         for group in self.config.frozen:
             for parameter in groups[group]:
@@ -220,9 +221,10 @@ class Pi0Policy(FlowPolicy):
 
     # -- weights, statistics, prompts ----------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path, layout: str = "openpi") -> None:
-        """Write a checkpoint folder that openpi's or LeRobot's own loader reads, adapters merged; value and noise head
-        go to a file of their own, which only this policy reads."""
+    def save_pretrained(self, folder: str | Path, layout: Literal["openpi", "lerobot"] | None = None) -> None:
+        """Write a checkpoint folder that openpi's or LeRobot's own loader reads, adapters merged; None keeps the layout
+        of the checkpoint and all its other files. Value and noise head go to a file of their own, which only this
+        policy reads. Raises `UserError` when it cannot be written or would not mean the same to that loader."""
         from embodied_rl.policies.pi0.export import save
 
         save(self, Path(folder), layout)
@@ -246,10 +248,6 @@ class Pi0Policy(FlowPolicy):
 
     def _padded(self, x: Tensor) -> Tensor:
         return nn.functional.pad(x, (0, self.width - x.shape[-1])).float()
-
-    def _cast(self) -> None:
-        if self.config.dtype != "stored":
-            cast(self.network, getattr(torch, self.config.dtype))
 
     def _fit(self, size: int, dim: int) -> None:
         """With a checkpoint its statistics; without, actions fill [-1, 1] between their bounds where they have any."""
@@ -285,5 +283,4 @@ def _group(name: str) -> str:
     owner, part = name.split(".")[:2]
     if owner == "value_head":
         return "value"
-    groups: Mapping[str, Sequence[str]] = {"vision": ("vision", "projector"), "language": ("language",)}
-    return next((group for group, parts in groups.items() if owner == "network" and part in parts), "expert")
+    return {"vision": "vision", "projector": "vision", "language": "language"}.get(part, "expert")

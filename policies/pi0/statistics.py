@@ -26,8 +26,12 @@ class Found:
     """The file, for messages."""
 
     def first(self, size: int) -> dict[str, Any]:
-        """Those of the first `size` dimensions; some checkpoints hold zeros for the padding, too."""
-        return {name: values[:size] if isinstance(values, list) else values for name, values in self.statistics.items()}
+        """Those of the first `size` dimensions. Some checkpoints hold zeros for the padding, too; raises `UserError`
+        when more than that would be left out."""
+        spread = self.statistics.get("std")
+        if isinstance(spread, list) and any(spread[size:]):
+            raise UserError(f"{self.source} describes {len(spread)} dimensions, the simulator has {size}")
+        return {name: x[:size] if isinstance(x, list) else x for name, x in self.statistics.items()}
 
 
 def find_statistics(folder: Path, asset: str | None, adaptive: bool) -> dict[str, Found]:

@@ -29,6 +29,12 @@ def same_acts(one, two, tolerance=1e-6):
     torch.testing.assert_close(a.value, b.value, rtol=0, atol=tolerance)
 
 
+def fails(message, act):
+    with pytest.raises(UserError, match=message) as caught:
+        act()
+    assert "\n" not in str(caught.value)
+
+
 @both
 @pytest.mark.parametrize("layout", ["openpi", "lerobot"])
 def test_a_folder_is_written_and_read(tmp_path, adaptive, layout):
@@ -46,6 +52,39 @@ def test_a_folder_is_written_and_read(tmp_path, adaptive, layout):
     assert all(
         key.startswith(LEROBOT) == (layout == "lerobot") for key in load_file(tmp_path / "one" / "model.safetensors")
     )
+
+
+def test_a_folder_keeps_its_layout_and_its_other_files(tmp_path):
+    build(True).save_pretrained(tmp_path / "one", "lerobot")
+    (tmp_path / "one" / "README.md").write_text("by its authors")
+    loaded = reload(tmp_path / "one", True)
+    loaded.save_pretrained(tmp_path / "two")
+    one, two = ({file.name: file for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(one[name].read_bytes() == two[name].read_bytes() for name in one)
+    loaded.save_pretrained(tmp_path / "one")
+    assert (tmp_path / "one" / "README.md").is_file()
+    loaded.save_pretrained(tmp_path / "three", "openpi")
+    same_acts(loaded, reload(tmp_path / "three", True), 1e-5)
+    fails("is inside the checkpoint", lambda: loaded.save_pretrained(tmp_path / "one" / "mine"))
+    fails("unknown checkpoint layout 'hf'", lambda: loaded.save_pretrained(tmp_path / "four", "hf"))
+
+    processor = tmp_path / "one" / "policy_preprocessor.json"
+    content = json.loads(processor.read_text())
+    content["steps"][2]["config"]["norm_map"]["ACTION"] = "MEAN_STD"
+    processor.write_text(json.dumps(content))
+    other = reload(tmp_path / "one", True)
+    assert other.action_normaliser.name == "lerobot_mean_std"
+    fails(
+        "openpi normalises pi05 by quantile, this policy's actions by lerobot_mean_std",
+        lambda: other.save_pretrained(tmp_path / "five", "openpi"),
+    )
+    content["steps"][2]["config"]["norm_map"]["ACTION"] = "QUANTILE10"
+    processor.write_text(json.dumps(content))
+    fails("normalisation QUANTILE10 of ACTION is not one of", lambda: reload(tmp_path / "one", True))
+    content["steps"].pop(2)
+    processor.write_text(json.dumps(content))
+    fails("has no normalizer_processor", lambda: reload(tmp_path / "one", True))
 
 
 def test_types_and_the_unused_layer_are_kept(tmp_path):
@@ -83,10 +122,18 @@ def test_a_checkpoint_keeps_its_statistics(tmp_path):
     assert loaded.state_normaliser.as_dict() == policy.state_normaliser.as_dict()
 
 
-def fails(message, act):
-    with pytest.raises(UserError, match=message) as caught:
-        act()
-    assert "\n" not in str(caught.value)
+def test_statistics_may_cover_the_padding_but_not_more(tmp_path):
+    build().save_pretrained(tmp_path)
+    file = tmp_path / "assets" / "embodied_rl" / "norm_stats.json"
+    content = json.loads(file.read_text())
+    actions = content["norm_stats"]["actions"]
+    for values in actions.values():
+        values += [0.0] * 29
+    file.write_text(json.dumps(content))
+    assert reload(tmp_path, False).action_normaliser.as_dict().keys() == actions.keys()
+    actions["std"][3] = 1.0
+    file.write_text(json.dumps(content))
+    fails("norm_stats.json describes 32 dimensions, the simulator has 3", lambda: reload(tmp_path, False))
 
 
 def test_what_is_wrong_with_a_folder_is_named(tmp_path):
