@@ -20,7 +20,8 @@ def linear_layers(module: nn.Module) -> list[str]:
 
 def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> None:
     """Give every layer named in `targets` (linear or convolution, full names below `module`) an adapter of `rank` and
-    scale alpha / rank, in place. It starts at zero; everything else is frozen.
+    scale alpha / rank, in place. It starts at zero and is float32, because bfloat16 would swallow small updates;
+    everything else is frozen.
 
     Raises `UserError` when a target does not exist or cannot be adapted, or when `rank` is not positive.
     """
@@ -36,6 +37,9 @@ def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float)
     exactly = "|".join(map(re.escape, targets))  # a list would also match the ends of longer names
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=exactly, lora_dropout=0.0)  # type: ignore[arg-type]
     peft.inject_adapter_in_model(config, module, ADAPTER)
+    for name, parameter in module.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            parameter.data = parameter.data.float()
 
 
 def merged_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -47,7 +51,7 @@ def merged_weights(module: nn.Module) -> dict[str, Tensor]:
         owner, separator, parameter = key.rpartition(".base_layer.")
         if separator:
             delta = layers[owner].get_delta_weight(ADAPTER) if parameter == "weight" else 0
-            weights[f"{owner}.{parameter}"] = (value + delta).detach()
+            weights[f"{owner}.{parameter}"] = (value + delta).detach().to(value.dtype)
         elif ".lora_A." not in key and ".lora_B." not in key:
             weights[key] = value
     return weights

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import StaticCache
 
 from embodied_rl.policies.base import Inputs
+from embodied_rl.policies.openvla.config import OpenVLAConfig
 from embodied_rl.policies.openvla.token_policy import TokenPolicy
 from embodied_rl.randomness import RowNoise
 from embodied_rl.types import ActionSample
@@ -16,7 +17,7 @@ from embodied_rl.types import ActionSample
 class AutoregressivePolicy(TokenPolicy):
     """H = K = 1. Acting fills a cache of keys and values token by token; scoring sees all tokens in one pass."""
 
-    convention = "openvla"
+    config_class = OpenVLAConfig
 
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:

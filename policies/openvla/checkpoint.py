@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from embodied_rl.errors import UserError
 from embodied_rl.policies.lora import merged_weights
+from embodied_rl.policies.normalization import read_statistics
 from embodied_rl.policies.openvla.architecture import Architecture
 from embodied_rl.policies.openvla.network import OpenVLANetwork
 from embodied_rl.policies.openvla.preprocessing import ImageProcessor
@@ -41,10 +43,10 @@ class Checkpoint:
     """Files of the parts that are saved on their own."""
     dtype: torch.dtype
     """Of the stored weights."""
-    statistics: Mapping[str, Any]
-    """{"action": ..., "proprio": ...} of one dataset."""
-    statistics_source: str
-    """Where they were found, for messages."""
+    statistics: Path
+    """The file that has them."""
+    dataset: tuple[str, ...]
+    """Where in it those of one dataset are; for `read_statistics`."""
 
 
 def open_checkpoint(folder: str | Path, unnorm_key: str | None) -> Checkpoint:
@@ -60,22 +62,16 @@ def open_checkpoint(folder: str | Path, unnorm_key: str | None) -> Checkpoint:
             f"{processor_json} makes images of {processor.size} pixels, the network takes {architecture.image_size}"
         )
     parts = {part: file for part in PARTS if (file := _part_file(folder, part))}
-    source = folder / "dataset_statistics.json"  # of fine-tuning: they replace those of pre-training
-    if source.is_file():
-        datasets = read_json(source)
-    else:
-        source, datasets = folder / "config.json", config.get("norm_stats", {})
-    key = _dataset(datasets, unnorm_key, source)
-    action = datasets[key].get("action", {})
-    widths = {len(value) for value in action.values() if isinstance(value, list)}
-    if len(widths) != 1:
-        raise UserError(f"{source}: '{key}' has no statistics 'action', or they differ in size")
-    architecture = replace(architecture, action_dim=widths.pop())
+    source, dataset = folder / "dataset_statistics.json", ()  # of fine-tuning: they replace those of pre-training
+    if not source.is_file():
+        source, dataset = folder / "config.json", ("norm_stats",)
+    dataset = (*dataset, _dataset(read_statistics(source, *dataset), unnorm_key, source))
+    vectors = [value for value in read_statistics(source, *dataset, "action").values() if isinstance(value, list)]
+    architecture = replace(architecture, action_dim=max(map(len, vectors), default=0))
     dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"{folder / 'config.json'} names no torch_dtype")
-    architecture = _with_parts(architecture, folder, parts)
-    return Checkpoint(folder, architecture, processor, parts, dtype, datasets[key], f"{source}, '{key}'")
+    return Checkpoint(folder, _with_parts(architecture, folder, parts), processor, parts, dtype, source, dataset)
 
 
 def _dataset(datasets: Mapping[str, Any], wanted: str | None, source: Path) -> str:
@@ -116,16 +112,19 @@ def save_network(network: OpenVLANetwork, checkpoint: Checkpoint, folder: Path) 
         # the same vision without FiLM's layers, which a loader without the part would see
         weights |= _plain_vision(network, checkpoint.dtype)
     write_weights(folder, weights)
-    for part, tensors in own.items():
-        named = {PARTS[part] + key.removeprefix(f"{part}."): value.contiguous() for key, value in tensors.items()}
-        file = folder / checkpoint.parts[part].name
-        if file.suffix == ".pt":
-            torch.save(named, file)
-        else:
-            save_file(named, file, metadata={"format": "pt"})
-    for file in checkpoint.folder.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copyfile(file, folder / file.name)
+    try:
+        for part, tensors in own.items():
+            named = {PARTS[part] + key.removeprefix(f"{part}."): value.contiguous() for key, value in tensors.items()}
+            file = folder / checkpoint.parts[part].name
+            if file.suffix == ".pt":
+                torch.save(named, file)
+            else:
+                save_file(named, file, metadata={"format": "pt"})
+        for file in checkpoint.folder.iterdir():
+            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+                shutil.copyfile(file, folder / file.name)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+        raise UserError(f"cannot write {folder}: {error}; free disk space or choose another place") from error
 
 
 def exported_weights(network: OpenVLANetwork, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -56,7 +56,8 @@ class OpenVLAConfig:
     frozen: tuple[str, ...] = ()
     """Groups that are not trained: vision, projector, language, heads, value."""
     lora_rank: int = 0
-    """Train adapters of this rank in vision, projector and language instead of their weights; 0 = train the weights."""
+    """Train adapters of this rank in vision, projector and language, where not frozen, instead of their weights; 0 =
+    train the weights."""
     lora_alpha: float = 16.0
     """The adapters' scale is alpha / rank."""
     gradient_checkpointing: bool = False
@@ -76,6 +77,16 @@ class OpenVLAConfig:
         if not self.cameras:
             raise UserError("openvla sees through at least one camera; name it in cameras")
 
+    @property
+    def convention(self) -> str:
+        """Of the statistics, a name in `normalization.CONVENTIONS`."""
+        return "openvla"
+
+    @property
+    def executed(self) -> int:
+        """K."""
+        return 1
+
     def build(
         self, observation_spec: ObservationSpec, action_spec: ActionSpec, tokenize: Tokenize | None = None
     ) -> OpenVLAPolicy:
@@ -84,8 +95,8 @@ class OpenVLAConfig:
         from embodied_rl.policies.openvla.autoregressive import AutoregressivePolicy
 
         checkpoint, architecture = self._source()
-        if checkpoint is not None and (architecture.regression or architecture.film or architecture.proprio_dim):
-            raise UserError(f"{self.checkpoint} is an OpenVLA-OFT checkpoint: use policy openvla_oft")
+        if architecture.regression or architecture.film or architecture.proprio_dim or architecture.horizon > 1:
+            raise UserError(f"{self.checkpoint or self.size} is OpenVLA-OFT: use policy openvla_oft")
         return AutoregressivePolicy(self, architecture, checkpoint, observation_spec, action_spec, tokenize)
 
     def _source(self) -> tuple[Checkpoint | None, Architecture]:
@@ -116,8 +127,16 @@ class OpenVLAOFTConfig(OpenVLAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= (self.chunk or self.horizon) <= self.horizon:
+        if not 1 <= self.executed <= self.horizon:
             raise UserError(f"openvla_oft: needs 1 <= chunk <= horizon, got {self.chunk} and {self.horizon}")
+
+    @property
+    def convention(self) -> str:
+        return f"openvla_oft_{self.normalization}"
+
+    @property
+    def executed(self) -> int:
+        return self.horizon if self.chunk is None else self.chunk
 
     def build(
         self, observation_spec: ObservationSpec, action_spec: ActionSpec, tokenize: Tokenize | None = None

@@ -6,7 +6,7 @@ so that the action positions are the same in every row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,9 +141,17 @@ class OpenVLANetwork(nn.Module):
             self.language_model.train(training)
 
     def restore_buffers(self) -> None:
-        """Rebuild what no checkpoint holds, after a construction on the meta device."""
+        """Build the rotary frequencies anew, float32: no checkpoint holds them."""
         model = self.language_model.model
-        model.rotary_emb = type(model.rotary_emb)(model.config)
+        model.rotary_emb = type(model.rotary_emb)(model.config, device=self.projector.fc1.weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenVLANetwork:
+        """Moves and casts as any module, but for the rotary frequencies: bfloat16 ones turn far positions by up to a
+        radian."""
+        super()._apply(fn, recurse)
+        if self.language_model.model.rotary_emb.inv_freq.dtype != torch.float32:
+            self.restore_buffers()
+        return self
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass."""

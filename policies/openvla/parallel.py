@@ -34,11 +34,6 @@ def parallel_hidden(policy: OpenVLAPolicy, inputs: Inputs) -> Tensor:
 class ParallelPolicy(TokenPolicy):
     """Discrete tokens, one forward pass for a chunk. Only the K executed actions' tokens are drawn and scored."""
 
-    def __init__(self, config: OpenVLAOFTConfig, *arguments, **options) -> None:
-        self.convention = f"openvla_oft_{config.normalization}"
-        super().__init__(config, *arguments, **options)
-        self.chunk = config.chunk or self.horizon
-
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
         terms = self.chunk * self.action_spec.dim
@@ -57,14 +52,9 @@ class ParallelPolicy(TokenPolicy):
 class RegressionPolicy(OpenVLAPolicy):
     """The L1 head: deterministic, hence without log-probs. For imitation, and for off-policy methods by `sample`."""
 
-    def __init__(self, config: OpenVLAOFTConfig, *arguments, **options) -> None:
-        self.convention = f"openvla_oft_{config.normalization}"
-        super().__init__(config, *arguments, **options)
-        self.chunk = config.chunk or self.horizon
-
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
-        hidden = parallel_hidden(self, inputs)
+        hidden = self.hidden(inputs)
         value = None if self.value_head is None else self._value(hidden[:, 0])
         actions = self.to_simulator(self.network.action_head(hidden)[:, : self.chunk])
         return ActionSample(actions, {}, None, value)
@@ -72,23 +62,16 @@ class RegressionPolicy(OpenVLAPolicy):
     def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
         raise TypeError("an L1 regression head gives actions no probability; use a checkpoint with discrete tokens")
 
-    def value(self, inputs: Inputs) -> Tensor:
-        return self._value(parallel_hidden(self, inputs)[:, 0])
-
-    def features(self, inputs: Inputs) -> Tensor:
-        """[B,hidden], the state at the prompt's last token, float32."""
-        with torch.no_grad():
-            return parallel_hidden(self, inputs)[:, 0].float()
+    def hidden(self, inputs: Inputs, tokens: Tensor | None = None) -> Tensor:
+        return parallel_hidden(self, inputs)
 
     def sample(self, inputs: Inputs) -> Tensor:
         """Actions [B,H,A], differentiable within the bounds; the gripper's is not rounded."""
-        return self._bounded(
-            self.action_normaliser.unnormalise(self.network.action_head(parallel_hidden(self, inputs)))
-        )
+        return self._bounded(self.action_normaliser.unnormalise(self.network.action_head(self.hidden(inputs))))
 
     def imitation_loss(self, inputs: Inputs, actions: Tensor, valid: Tensor) -> Tensor:
         """[B], the mean absolute error of the valid steps' normalised actions."""
         keep = valid[..., None]
         target = self.action_normaliser.normalise(torch.where(keep, actions, 0.0)).float()
-        error = (self.network.action_head(parallel_hidden(self, inputs)).float() - target).abs()
+        error = (self.network.action_head(self.hidden(inputs)).float() - target).abs()
         return torch.where(keep, error, 0.0).sum((1, 2)) / (valid.sum(1) * actions.shape[-1]).clamp_min(1)

@@ -3,8 +3,10 @@ freezing and adapters."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -13,10 +15,10 @@ from torch import Tensor, nn
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies.base import Inputs, Policy
 from embodied_rl.policies.lora import add_lora, linear_layers
-from embodied_rl.policies.normalization import Normaliser
+from embodied_rl.policies.normalization import Normaliser, read_statistics
 from embodied_rl.policies.openvla.architecture import Architecture
 from embodied_rl.policies.openvla.checkpoint import Checkpoint, load_network, save_network
-from embodied_rl.policies.openvla.config import OpenVLAConfig
+from embodied_rl.policies.openvla.config import GROUPS, OpenVLAConfig, OpenVLAOFTConfig
 from embodied_rl.policies.openvla.heads import token_value_head
 from embodied_rl.policies.openvla.network import OpenVLANetwork
 from embodied_rl.policies.openvla.preprocessing import ImageProcessor, Preprocessing
@@ -42,8 +44,7 @@ class OpenVLAPolicy(Policy):
     open, executed as one of both.
     """
 
-    convention: str
-    """Of the action statistics, a name in `normalization.CONVENTIONS`."""
+    config_class: ClassVar[type[OpenVLAConfig]] = OpenVLAOFTConfig
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class OpenVLAPolicy(Policy):
         self.config = config
         self.architecture = architecture
         self.checkpoint = checkpoint
-        self.horizon = self.chunk = architecture.horizon
+        self.horizon, self.chunk = architecture.horizon, config.executed
         dtype = getattr(torch, config.dtype)
         if checkpoint is None:
             self.network = OpenVLANetwork(architecture).to(dtype)
@@ -67,8 +68,8 @@ class OpenVLAPolicy(Policy):
         else:
             self.network = load_network(checkpoint, architecture, dtype)
             self.processor = checkpoint.processor
-        self.action_normaliser = Normaliser(self.convention, architecture.action_dim)
-        self.state_normaliser = Normaliser(self.convention, architecture.proprio_dim)
+        self.action_normaliser = Normaliser(config.convention, architecture.action_dim)
+        self.state_normaliser = Normaliser(config.convention, architecture.proprio_dim)
         if checkpoint is not None:
             self._fit(checkpoint)
         self.value_head = token_value_head(self.network.hidden_size) if config.value_head else None
@@ -81,6 +82,17 @@ class OpenVLAPolicy(Policy):
         self.preprocessing = Preprocessing(config.resize, config.center_crop)
         self._choose_trained()
         self.network.set_checkpointing(config.gradient_checkpointing)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, observation_spec: ObservationSpec, action_spec: ActionSpec, **settings: Any
+    ) -> Self:
+        """The policy in a checkpoint folder; `settings` are fields of `config_class`. Raises `UserError` naming the
+        file and the key that do not fit."""
+        policy = cls.config_class(checkpoint=str(folder), **settings).build(observation_spec, action_spec)
+        if not isinstance(policy, cls):
+            raise UserError(f"{folder} makes a {type(policy).__name__}, not a {cls.__name__}")
+        return policy
 
     # -- observations and actions --------------------------------------------------------------------------------
 
@@ -100,6 +112,19 @@ class OpenVLAPolicy(Policy):
         """Embeddings [B,S,hidden] of everything before the actions, and which are valid [B,S]."""
         state = self.state_normaliser.normalise(inputs["state"]) if "state" in inputs else None
         return self.network.prefix(self.processor.normalise(inputs["images"]), inputs["prompt"], state, stop_token)
+
+    @abstractmethod
+    def hidden(self, inputs: Inputs, tokens: Tensor | None = None) -> Tensor:
+        """[B,L,hidden], the states that actions are read from; the first is that of the prompt's last token, a function
+        of the observation alone. `tokens` [B,L] are the actions to score, where the states depend on them."""
+
+    def value(self, inputs: Inputs) -> Tensor:
+        return self._value(self.hidden(inputs)[:, 0])
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """[B,hidden], the state at the prompt's last token, float32."""
+        with torch.no_grad():
+            return self.hidden(inputs)[:, 0].float()
 
     def _value(self, hidden: Tensor) -> Tensor:
         """V [B] of the states [B,hidden] at the prompt's last token."""
@@ -124,23 +149,25 @@ class OpenVLAPolicy(Policy):
     # -- what is trained -----------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """ "vision", "projector", "language", "heads", "value"; an empty group is left out."""
-        groups: dict[str, list[nn.Parameter]] = {}
+        """ "vision", "projector" (the state's included), "language", "heads" (regression), "value"."""
+        groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
         for name, parameter in self.named_parameters():
             owner, part = name.split(".")[:2]
-            groups.setdefault("value" if owner == "value_head" else GROUP_OF[part], []).append(parameter)
+            groups["value" if owner == "value_head" else GROUP_OF[part]].append(parameter)
         return groups
 
     def _choose_trained(self) -> None:
         if self.config.lora_rank:
-            adapted = LORA_PARTS[1:] if self.architecture.vision_lora_rank else LORA_PARTS
-            for part in adapted:
+            adapted = {part for part in LORA_PARTS if GROUP_OF[part] not in self.config.frozen}
+            if self.architecture.vision_lora_rank:
+                adapted.discard("vision_backbone")  # it comes with adapters
+            for part in sorted(adapted):
                 module = getattr(self.network, part)
                 layers = [name for name in linear_layers(module) if name != "lm_head"]
                 add_lora(module, layers, self.config.lora_rank, self.config.lora_alpha)
         groups = self.parameter_groups()
         for group in self.config.frozen:
-            for parameter in groups.get(group, ()):
+            for parameter in groups[group]:
                 parameter.requires_grad_(False)
 
     # -- weights -------------------------------------------------------------------------------------------------
@@ -153,12 +180,13 @@ class OpenVLAPolicy(Policy):
         save_network(self.network, self.checkpoint, Path(folder))
 
     def _fit(self, checkpoint: Checkpoint) -> None:
-        statistics, source = checkpoint.statistics, checkpoint.statistics_source
-        self.action_normaliser.fit(statistics["action"], f"{source}, 'action'")
+        fitted = {"action": self.action_normaliser}
         if self.architecture.proprio_dim:
-            if "proprio" not in statistics:
-                raise UserError(f"{source} has no statistics 'proprio', which the network's state token needs")
-            self.state_normaliser.fit(statistics["proprio"], f"{source}, 'proprio'")
+            fitted["proprio"] = self.state_normaliser
+        for kind, normaliser in fitted.items():
+            where = (*checkpoint.dataset, kind)
+            statistics = read_statistics(checkpoint.statistics, *where)
+            normaliser.fit(statistics, f"{checkpoint.statistics}, {' / '.join(where)}")
 
     def _action_spec(self, spec: ActionSpec) -> ActionSpec:
         if spec.dim != self.architecture.action_dim:

@@ -103,8 +103,9 @@ def center_crop(image: np.ndarray, size: int, area: float = CROP) -> np.ndarray:
     bilinear between the corners' centres, not antialiased, truncated to uint8 as tf.image.convert_image_dtype does."""
     unit = image.astype(np.float32) / np.float32(255)
     (top, bottom, down), (left, right, across) = (_samples(length, size, area) for length in image.shape[:2])
-    rows = unit[top] + (unit[bottom] - unit[top]) * down[:, None, None]
-    out = rows[:, left] + (rows[:, right] - rows[:, left]) * across[:, None]
+    # horizontally first, as there: then every pixel is the same
+    rows = unit[:, left] + (unit[:, right] - unit[:, left]) * across[:, None]
+    out = rows[top] + (rows[bottom] - rows[top]) * down[:, None, None]
     return (out.clip(0, 1) * np.float32(255.5)).astype(np.uint8)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,11 +23,6 @@ class TokenPolicy(OpenVLAPolicy):
         first = self.architecture.vocabulary - ACTION_TOKENS if self._actions_only else 0
         return TokenDistribution(first, self.config.temperature, self.config.top_k)
 
-    @abstractmethod
-    def hidden(self, inputs: Inputs, tokens: Tensor | None = None) -> Tensor:
-        """[B,L,hidden], the states that the logits of `tokens` [B,L] are read from; the first is a function of the
-        observation alone. Without `tokens` [B,1,hidden], only the first."""
-
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [...,C] over the config's vocabulary."""
         return self.network.logits(hidden, self._actions_only)
@@ -39,14 +32,6 @@ class TokenPolicy(OpenVLAPolicy):
         log_prob, entropy = self.distribution.score(self.logits(hidden), trace)
         step = torch.arange(self.chunk, device=log_prob.device).repeat_interleave(self.action_spec.dim)
         return Score(log_prob, entropy, step)
-
-    def value(self, inputs: Inputs) -> Tensor:
-        return self._value(self.hidden(inputs)[:, 0])
-
-    def features(self, inputs: Inputs) -> Tensor:
-        """[B,hidden], the state at the prompt's last token, float32."""
-        with torch.no_grad():
-            return self.hidden(inputs)[:, 0].float()
 
     def imitation_loss(self, inputs: Inputs, actions: Tensor, valid: Tensor) -> Tensor:
         """[B], the mean cross entropy of the valid steps' tokens over the config's vocabulary, at temperature 1."""

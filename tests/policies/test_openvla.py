@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from embodied_rl.algorithms.ppo import PPOConfig
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies import check
 from embodied_rl.policies.check import synthesise
@@ -24,6 +25,7 @@ from embodied_rl.policies.openvla.tokens import TokenDistribution, choose
 from embodied_rl.randomness import RowNoise
 from embodied_rl.registry import policies
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, connect
+from embodied_rl.types import Trajectory
 
 VISION = {"depth": 2, "embed_dim": 16, "num_heads": 2}
 TEXT = {
@@ -92,6 +94,14 @@ def test_the_contract_in_bfloat16(make):
 def test_both_are_registered():
     assert policies.load("openvla") is OpenVLAConfig
     assert policies.load("openvla_oft") is OpenVLAOFTConfig
+
+
+@pytest.mark.parametrize("make", [autoregressive, regression])
+def test_a_cast_leaves_the_rotary_frequencies_exact(make):
+    exact = make().network.language_model.model.rotary_emb.inv_freq
+    cast = make(dtype="bfloat16").network
+    assert cast.projector.fc1.weight.dtype == torch.bfloat16
+    assert torch.equal(cast.language_model.model.rotary_emb.inv_freq, exact)
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------------
@@ -231,6 +241,45 @@ def test_groups_freezing_and_adapters():
     assert not any("lm_head" in name for name in trained)
 
 
+def one_segment(policy, inputs, decisions=3):
+    samples = [policy.act(inputs, noise=RowNoise(0, np.arange(6), np.full(6, t))) for t in range(decisions)]
+    trace = {name: torch.stack([sample.trace[name] for sample in samples]) for name in samples[0].trace}
+    shape = (decisions, 6, policy.chunk)
+    actions, log_prob, value = (
+        torch.stack([getattr(sample, name) for sample in samples]) for name in ("actions", "log_prob", "value")
+    )
+    return Trajectory(
+        inputs={name: one.expand(decisions, *one.shape) for name, one in inputs.items()},
+        trace=trace,
+        actions=actions,
+        log_prob=log_prob,
+        value=value,
+        last_value=torch.zeros(6),
+        final_value=torch.zeros(decisions, 6),
+        reward=actions.mean(-1),
+        terminated=torch.ones(shape, dtype=torch.bool) & (torch.arange(policy.chunk) == policy.chunk - 1),
+        truncated=torch.zeros(shape, dtype=torch.bool),
+        valid=torch.ones(shape, dtype=torch.bool),
+        tickets=torch.zeros(decisions, 6, dtype=torch.int64),
+        version=0,
+    )
+
+
+@pytest.mark.parametrize("make", [autoregressive, parallel])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ppo_starts_at_ratio_one_and_moves_the_policy(make, dtype):
+    policy = make(dtype=dtype, temperature=1.6, top_k=20, lora_rank=2, gradient_checkpointing=True)
+    policy.train()
+    segment = one_segment(policy, inputs_of(policy))
+    config = PPOConfig(epochs=1, minibatches=1, critic_warmup=0, granularity="token", learning_rate=1e-2)
+    metrics = config.build(policy, seed=0).learn(segment, torch.Generator().manual_seed(0))
+    assert metrics["clip_fraction"] == 0 and abs(metrics["approx_kl"]) < 1e-4
+    flat = {name: value.flatten(0, 1) for name, value in segment.trace.items()}
+    inputs = {name: value.flatten(0, 1) for name, value in segment.inputs.items()}
+    moved = policy.evaluate_actions(inputs, flat).log_prob - segment.log_prob.flatten(0, 1)
+    assert moved.abs().max() > 0.01
+
+
 def test_without_a_value_head_there_is_no_value():
     policy = parallel(value_head=False)
     inputs = inputs_of(policy)
@@ -295,6 +344,11 @@ def edit(file, **changes):
 def load(folder, **settings):
     settings = {"checkpoint": str(folder), "unnorm_key": "libero_goal", **SMALL, **settings}
     return OpenVLAConfig(**settings).build(OBSERVATION, ACTION)
+
+
+def test_a_loaded_network_has_its_rotary_frequencies(folder):
+    exact = autoregressive().network.language_model.model.rotary_emb.inv_freq
+    assert torch.equal(load(folder, dtype="bfloat16").network.language_model.model.rotary_emb.inv_freq, exact)
 
 
 def test_a_folder_gives_a_policy_with_its_own_tokenizer_and_statistics(folder):
@@ -387,6 +441,8 @@ def test_what_cannot_be_served_is_refused(folder):
         inputs_of(load(folder, prompt_length=5))
     with pytest.raises(UserError, match="another folder"):
         load(folder).save_pretrained(folder)
+    with pytest.raises(UserError, match="use policy openvla_oft"):
+        OpenVLAConfig(size="openvla-oft-7b-libero").build(OBSERVATION, ACTION)
     with pytest.raises(UserError, match="random weights"):
         autoregressive().save_pretrained(folder / "new")
 
