@@ -21,7 +21,7 @@ from embodied_rl.algorithms.losses import (
 )
 from embodied_rl.algorithms.optimization import actor_parameters, adam, apply, backward, read_finite, seed_policy_draws
 from embodied_rl.errors import UserError
-from embodied_rl.types import Trajectory
+from embodied_rl.types import Score, Trajectory
 
 Batch = dict[str, Any]
 
@@ -154,13 +154,16 @@ class PPO(OnPolicyAlgorithm):
     def _update(self, batch: Batch, train_policy: bool) -> Metrics | None:
         """One minibatch; None, and nothing changed, when the policy has moved too far."""
         config = self.config
-        value = self.policy.value(batch["inputs"])
+        score = self.policy.evaluate_actions(batch["inputs"], batch["trace"]) if train_policy else None
+        value = None if score is None else score.value
+        if value is None:
+            value = self.policy.value(batch["inputs"])
         error = value_loss(value, batch["value"], batch["returns"], config.value_clip, config.huber_delta)
         metrics = {"value_loss": error.mean()}
         loss = config.value_coefficient * metrics["value_loss"]
         optimizers = {"value_grad_norm": self.value_optimizer}
-        if train_policy:
-            surrogate, metrics_of_policy = self._policy_loss(batch)
+        if score is not None:
+            surrogate, metrics_of_policy = self._policy_loss(batch, score)
             loss, metrics = loss + surrogate, metrics | metrics_of_policy
             optimizers = {"grad_norm": self.policy_optimizer} | optimizers
         norms = backward(loss, optimizers)
@@ -173,9 +176,8 @@ class PPO(OnPolicyAlgorithm):
         self.updates += 1
         return values
 
-    def _policy_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _policy_loss(self, batch: Batch, score: Score) -> tuple[Tensor, dict[str, Tensor]]:
         config, valid = self.config, batch["valid"]
-        score = self.policy.evaluate_actions(batch["inputs"], batch["trace"])
         if config.granularity == "action" and bool((score.term_step < 0).any()):
             raise UserError(
                 f"ppo.granularity 'action' needs log-prob terms per action, but {type(self.policy).__name__} scores "

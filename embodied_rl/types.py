@@ -157,6 +157,8 @@ class Score:
     """int64 [L] or [B,L]: index of the action in the chunk that a term belongs to, -1 = the whole chunk."""
     log_prob_mask: Array | None = None
     """bool [B,L], None = all terms count."""
+    value: Array | None = None
+    """[B], `policy.value(inputs)` from a policy that has it at hand when it scores."""
 
 
 @dataclass

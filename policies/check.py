@@ -190,6 +190,10 @@ class _Check:
                 steps.dtype == torch.int64 and tuple(steps.shape) in {(terms,), (len(rows), terms)},
                 f"evaluate_actions: term_step must be int64 [{terms}] or [{len(rows)},{terms}]",
             )
+            if score.value is not None:
+                self.close(
+                    score.value, policy.value(take(self.inputs, rows)), "evaluate_actions: value differs from value's"
+                )
             inside = bool(((steps >= -1) & (steps < policy.chunk)).all())
             self.expect(inside, f"evaluate_actions: term_step must lie in -1..{policy.chunk - 1}, the executed actions")
         total = policy.evaluate_actions(self.inputs, sample.trace).log_prob.sum()

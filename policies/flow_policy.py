@@ -67,7 +67,8 @@ class FlowPolicy(Policy):
     def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
         prefix = self.encode(inputs)
         log_prob, entropy = self.sampler.score(self.velocity, prefix, trace, self.standard_deviation)
-        return Score(log_prob, entropy, self.sampler.term_step(log_prob.device))
+        steps = self.sampler.term_step(log_prob.device)
+        return Score(log_prob, entropy, steps, value=self.prefix_value(prefix, inputs))
 
     def imitation_loss(
         self,

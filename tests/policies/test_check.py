@@ -77,6 +77,13 @@ class OtherValueInTraining(FlowMLP):
         return super().value(inputs) * (2 if torch.is_grad_enabled() else 1)
 
 
+class OtherValueInScore(FlowMLP):
+    def evaluate_actions(self, inputs, trace):
+        score = super().evaluate_actions(inputs, trace)
+        score.value = 2 * score.value
+        return score
+
+
 class Graph(GaussianMLP):
     act = GaussianMLP.act.__wrapped__
 
@@ -159,6 +166,7 @@ BROKEN = {
     DoubleActions: "not float32",
     ValueSeesNoise: "value depends on the noise",
     OtherValueInTraining: "value: differs from act's",
+    OtherValueInScore: "evaluate_actions: value differs",
     Graph: "no_grad",
     Inference: "inference tensor",
     ScoresClippedActions: "log_prob differs",

@@ -347,6 +347,18 @@ def test_ppo_improves_the_unfrozen_groups(adaptive):
 
 
 @both
+def test_acting_and_an_update_encode_once(adaptive, monkeypatch):
+    policy, calls = build(adaptive, frozen=("vision", "language")), []
+    encode = policy.network.encode
+    monkeypatch.setattr(policy.network, "encode", lambda *inputs: calls.append(1) or encode(*inputs))
+    data = trajectory(policy)
+    assert len(calls) == 1
+    algorithm = PPOConfig(epochs=1, minibatches=1, critic_warmup=0).build(policy, 0)
+    algorithm.learn(data, torch.Generator().manual_seed(0))
+    assert len(calls) == 2
+
+
+@both
 def test_cloning_and_critics_improve_it_too(adaptive):
     policy = build(adaptive, frozen=("vision", "language"))
     inputs = policy.prepare(synthesise(policy.observation_spec))
