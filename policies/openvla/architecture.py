@@ -15,7 +15,7 @@ LLAMA_2_7B = {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064}
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that decides the names and shapes of the parameters."""
+    """Everything that decides the names and shapes of the parameters, and the horizon."""
 
     vision: tuple[str, str] = DINO_SIGLIP
     """timm names of the two vision transformers; both see every image."""
@@ -31,8 +31,6 @@ class Architecture:
     """H, actions predicted at once."""
     action_dim: int = 7
     """A."""
-    images: int = 1
-    """Cameras."""
     proprio_dim: int = 0
     """Size of the state that becomes a token; 0 = none. OpenVLA-OFT only, like what follows."""
     regression: bool = False
@@ -78,12 +76,11 @@ class Architecture:
 
 SIZES: dict[str, Architecture] = {"openvla-7b": Architecture()}
 SIZES["openvla-oft-7b-discrete"] = replace(SIZES["openvla-7b"], horizon=8)
-SIZES["openvla-oft-7b-libero"] = replace(SIZES["openvla-7b"], horizon=8, images=2, proprio_dim=8, regression=True)
+SIZES["openvla-oft-7b-libero"] = replace(SIZES["openvla-7b"], horizon=8, proprio_dim=8, regression=True)
 SIZES["openvla-oft-7b-aloha"] = replace(
     SIZES["openvla-7b"],
     horizon=25,
     action_dim=14,
-    images=3,
     proprio_dim=14,
     regression=True,
     film=True,

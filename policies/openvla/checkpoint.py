@@ -37,7 +37,7 @@ class Checkpoint:
 
     folder: Path
     architecture: Architecture
-    """Horizon and number of images are not recorded in a folder; the caller sets them."""
+    """The horizon is not recorded in a folder; the caller sets it."""
     processor: ImageProcessor
     parts: Mapping[str, Path]
     """Files of the parts that are saved on their own."""

@@ -101,11 +101,11 @@ class OpenVLAConfig:
 
     def _source(self) -> tuple[Checkpoint | None, Architecture]:
         if not self.checkpoint:
-            return None, replace(SIZES[self.size], images=len(self.cameras))
+            return None, SIZES[self.size]
         from embodied_rl.policies.openvla.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(self.checkpoint, self.unnorm_key)
-        return checkpoint, replace(checkpoint.architecture, images=len(self.cameras))
+        return checkpoint, checkpoint.architecture
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,14 @@ class OpenVLAPolicy(Policy):
         self.architecture = architecture
         self.checkpoint = checkpoint
         self.horizon, self.chunk = architecture.horizon, config.executed
+        self.observation_spec = _observation_spec(config.cameras, architecture.proprio_dim, observation_spec)
+        self.action_normaliser = Normaliser(config.convention, architecture.action_dim)
+        self.state_normaliser = Normaliser(config.convention, architecture.proprio_dim)
+        if checkpoint is not None:
+            self._fit(checkpoint)
+        self.action_spec = self._action_spec(action_spec)
+        if tokenize is None:
+            tokenize = llama_bytes if checkpoint is None else local_tokenizer(checkpoint.folder)
         dtype = getattr(torch, config.dtype)
         if checkpoint is None:
             self.network = OpenVLANetwork(architecture).to(dtype)
@@ -68,15 +76,7 @@ class OpenVLAPolicy(Policy):
         else:
             self.network = load_network(checkpoint, architecture, dtype)
             self.processor = checkpoint.processor
-        self.action_normaliser = Normaliser(config.convention, architecture.action_dim)
-        self.state_normaliser = Normaliser(config.convention, architecture.proprio_dim)
-        if checkpoint is not None:
-            self._fit(checkpoint)
         self.value_head = token_value_head(self.network.hidden_size) if config.value_head else None
-        self.observation_spec = _observation_spec(config.cameras, architecture.proprio_dim, observation_spec)
-        self.action_spec = self._action_spec(action_spec)
-        if tokenize is None:
-            tokenize = llama_bytes if checkpoint is None else local_tokenizer(checkpoint.folder)
         pad = self.network.pad_token
         self.prompts = Prompts(tokenize, config.prompt, config.prompt_length, pad, config.empty_token)
         self.preprocessing = Preprocessing(config.resize, config.center_crop)

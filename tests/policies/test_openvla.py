@@ -52,7 +52,7 @@ def autoregressive(**settings):
 def parallel(kind=ParallelPolicy, sizes=None, **settings):
     torch.manual_seed(0)
     config = OpenVLAOFTConfig(**SMALL | {"horizon": 2} | settings)
-    architecture = replace(TINY, horizon=2, images=len(config.cameras), **sizes or {})
+    architecture = replace(TINY, horizon=2, **sizes or {})
     return kind(config, architecture, None, OBSERVATION, ACTION)
 
 
