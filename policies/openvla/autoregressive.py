@@ -32,7 +32,7 @@ class AutoregressivePolicy(TokenPolicy):
         log_probs: list[Tensor] = []
         with network.caching():
             hidden = network.hidden(embeddings, valid, causal=True, cache=cache)[:, -1:]
-            value = None if self.value_head is None else self._value(hidden[:, 0])
+            value = self._value(hidden)
             while True:
                 logits = self.logits(hidden)
                 if deterministic:

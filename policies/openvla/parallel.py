@@ -38,12 +38,11 @@ class ParallelPolicy(TokenPolicy):
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
         terms = self.chunk * self.action_spec.dim
         hidden = parallel_hidden(self, inputs)[:, :terms]
-        value = None if self.value_head is None else self._value(hidden[:, 0])
         logits, distribution = self.logits(hidden), self.distribution
         if deterministic:
-            return ActionSample(self.actions(distribution.likeliest(logits)), {}, None, value)
+            return ActionSample(self.actions(distribution.likeliest(logits)), {}, None, self._value(hidden))
         trace, log_prob = distribution.draw(logits, self._uniform(len(hidden), terms, noise))
-        return ActionSample(self.actions(trace["tokens"]), trace, log_prob, value)
+        return ActionSample(self.actions(trace["tokens"]), trace, log_prob, self._value(hidden))
 
     def hidden(self, inputs: Inputs, tokens: Tensor | None = None) -> Tensor:
         return parallel_hidden(self, inputs)[:, : 1 if tokens is None else tokens.shape[1]]
@@ -55,9 +54,8 @@ class RegressionPolicy(OpenVLAPolicy):
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
         hidden = self.hidden(inputs)
-        value = None if self.value_head is None else self._value(hidden[:, 0])
         actions = self.to_simulator(self.network.action_head(hidden)[:, : self.chunk])
-        return ActionSample(actions, {}, None, value)
+        return ActionSample(actions, {}, None, self._value(hidden))
 
     def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
         raise TypeError("an L1 regression head gives actions no probability; use a checkpoint with discrete tokens")

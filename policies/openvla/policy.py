@@ -119,18 +119,19 @@ class OpenVLAPolicy(Policy):
         of the observation alone. `tokens` [B,L] are the actions to score, where the states depend on them."""
 
     def value(self, inputs: Inputs) -> Tensor:
-        return self._value(self.hidden(inputs)[:, 0])
+        value = self._value(self.hidden(inputs))
+        if value is None:
+            raise TypeError("this policy was configured without a value head; set value_head")
+        return value
 
     def features(self, inputs: Inputs) -> Tensor:
         """[B,hidden], the state at the prompt's last token, float32."""
         with torch.no_grad():
             return self.hidden(inputs)[:, 0].float()
 
-    def _value(self, hidden: Tensor) -> Tensor:
-        """V [B] of the states [B,hidden] at the prompt's last token."""
-        if self.value_head is None:
-            raise TypeError("this policy was configured without a value head; set value_head")
-        return self.value_head(hidden.float())
+    def _value(self, hidden: Tensor) -> Tensor | None:
+        """V [B] from the first of `hidden` [B,L,hidden], that of the prompt's last token; None without a value head."""
+        return None if self.value_head is None else self.value_head(hidden[:, 0].float())
 
     def to_simulator(self, normalised: Tensor) -> Tensor:
         """Normalised actions [B,*,A] -> executable ones, float32."""

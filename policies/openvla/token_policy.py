@@ -31,7 +31,7 @@ class TokenPolicy(OpenVLAPolicy):
         hidden = self.hidden(inputs, trace["tokens"])
         log_prob, entropy = self.distribution.score(self.logits(hidden), trace)
         step = torch.arange(self.chunk, device=log_prob.device).repeat_interleave(self.action_spec.dim)
-        return Score(log_prob, entropy, step)
+        return Score(log_prob, entropy, step, value=self._value(hidden))
 
     def imitation_loss(self, inputs: Inputs, actions: Tensor, valid: Tensor) -> Tensor:
         """[B], the mean cross entropy of the valid steps' tokens over the config's vocabulary, at temperature 1."""
