@@ -76,6 +76,10 @@ class Checkpoint:
     def open(folder: str | Path) -> Checkpoint:
         """Raises `UserError` naming the file when it is missing, damaged or of another family."""
         folder = Path(folder)
+        if (folder / "params").is_dir():
+            raise UserError(
+                f"{folder} is a JAX checkpoint: convert it with openpi's examples/convert_jax_model_to_pytorch.py"
+            )
         stored = read_weights(folder)
         weights = {key.removeprefix(LEROBOT): value for key, value in stored.items()}
         if "action_in_proj.weight" not in weights:

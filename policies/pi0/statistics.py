@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from embodied_rl.errors import UserError
+from embodied_rl.errors import UserError, unknown
 from embodied_rl.policies.normalization import read_statistics
 from embodied_rl.policies.pretrained import read_json
 
@@ -39,18 +39,17 @@ def find_statistics(folder: Path, asset: str | None, adaptive: bool) -> dict[str
     if (folder / "policy_preprocessor.json").is_file():
         return _lerobot(folder)
     assets = folder / "assets"
-    if asset is not None:
-        files = [assets / asset / "norm_stats.json"]
-    else:
-        files = sorted(assets.rglob("norm_stats.json"))
-    if len(files) != 1:
-        names = ", ".join(str(file.parent.relative_to(assets)) for file in files)
-        fix = f"choose one with --policy.asset: {names}" if files else "copy the checkpoint's assets/ there"
+    files = {str(file.parent.relative_to(assets)): file for file in sorted(assets.rglob("norm_stats.json"))}
+    if asset is None and len(files) != 1:
+        fix = f"choose one with --policy.asset: {', '.join(files)}" if files else "copy the checkpoint's assets/ there"
         raise UserError(f"{folder} holds {len(files)} norm_stats.json under assets/; {fix}")
+    name = next(iter(files)) if asset is None else asset
+    if name not in files:
+        raise unknown(f"asset of {folder}", name, files)
+    file = files[name]
     convention = "openpi_quantile" if adaptive else "openpi_mean_std"
     return {
-        name: Found(convention, read_statistics(files[0], "norm_stats", name), str(files[0]))
-        for name in ("state", "actions")
+        what: Found(convention, read_statistics(file, "norm_stats", what), str(file)) for what in ("state", "actions")
     }
 
 

@@ -152,7 +152,7 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
 
     statistics = tmp_path / "assets" / "embodied_rl" / "norm_stats.json"
     content = json.loads(statistics.read_text())
-    fails("holds 1 norm_stats|cannot be read", lambda: reload(tmp_path, False, asset="libero"))
+    fails("unknown asset of .* 'libero': valid: embodied_rl", lambda: reload(tmp_path, False, asset="libero"))
     del content["norm_stats"]["actions"]["std"]
     statistics.write_text(json.dumps(content))
     fails("norm_stats.json has no 'std'", lambda: reload(tmp_path, False))
@@ -179,3 +179,5 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
     fails("no key action_in_proj.weight", lambda: reload(tmp_path, False))
     file.write_bytes(b"\x00" * 20)
     fails("model.safetensors is truncated or damaged", lambda: reload(tmp_path, False))
+    (tmp_path / "params").mkdir()
+    fails("is a JAX checkpoint: convert it", lambda: reload(tmp_path, False))
