@@ -14,8 +14,6 @@ from embodied_rl.policies.pi0.preprocessing import Bytes
 from embodied_rl.randomness import RowNoise
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
 
-pytestmark = pytest.mark.slow  # LeRobot alone takes ten seconds to import
-
 SEEN = ObservationSpec(state=5, cameras={"agentview": CameraSpec(32, 32), "wrist": CameraSpec(32, 32)})
 ACTION = ActionSpec((-math.inf,) * 3, (math.inf,) * 3, (0.0,) * 3)
 LENGTH = 96
