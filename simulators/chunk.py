@@ -99,7 +99,7 @@ def write_frame(frame: Frame, rows: int | np.ndarray, values: Mapping[str, np.nd
                 f"observe() gave '{name}' as {value.dtype} {list(value.shape)} where observation_spec has "
                 f"{target.dtype} {list(shape)}"
             )
-        if np.ndim(rows) and len(rows) == rows[-1] + 1 - rows[0]:
+        if isinstance(rows, np.ndarray) and len(rows) == rows[-1] + 1 - rows[0]:
             target[rows[0] : rows[-1] + 1] = value  # twice as fast as with an array of indices
         else:
             target[rows] = value

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from embodied_rl.errors import UserError, unknown
+from embodied_rl.errors import UserError
 from embodied_rl.simulators.base import Demonstrator, Listing, ResetSchedule, Simulator
-
-OBSERVATIONS = ("state", "rgb", "state+rgb")
+from embodied_rl.simulators.settings import OneTask, check_settings
 
 
 @dataclass(frozen=True)
-class GymnasiumConfig:
+class GymnasiumConfig(OneTask):
     """Which Gymnasium environment to run, and how. `build` raises `UserError` for whatever cannot be run."""
 
     task: str = "CartPole-v1"
@@ -31,28 +30,13 @@ class GymnasiumConfig:
     """Processes that share them."""
 
     def __post_init__(self) -> None:
-        if self.observation not in OBSERVATIONS:
-            raise unknown("Gymnasium observation", self.observation, OBSERVATIONS)
-        for name in ("num_envs", "workers", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"Gymnasium {name} is {value}; it must be at least 1")
+        check_settings("Gymnasium", self)
 
     @property
     def environment(self) -> tuple[str, dict[str, Any]]:
         """("module:class", JSON-able keyword arguments): how a worker constructs an environment."""
         kwargs = {name: getattr(self, name) for name in ("task", "kwargs", "observation", "max_steps")}
         return "embodied_rl.simulators.gymnasium.environment:GymnasiumEnvironment", kwargs
-
-    @property
-    def num_tasks(self) -> int:
-        """One configuration runs one task."""
-        return 1
-
-    @property
-    def num_states(self) -> int:
-        """Gymnasium draws every initial state from the seed."""
-        return 0
 
     def demonstrator(self) -> Demonstrator:
         """Raises `UserError`: there are no scripted experts."""

@@ -11,9 +11,8 @@ from embodied_rl.errors import UserError, unknown
 from embodied_rl.simulators import interpreters
 from embodied_rl.simulators.base import Demonstrator, Listing, ResetSchedule, Simulator
 from embodied_rl.simulators.isaaclab import tasks as known
+from embodied_rl.simulators.settings import OneTask, check_settings
 
-OBSERVATIONS = ("state", "rgb", "state+rgb")
-REWARDS = ("task", "success", "staged")
 _START_TIMEOUT = 1800.0
 """Seconds: the first start of a task on a machine compiles its kernels, minutes on a busy one."""
 _TIMEOUT = 600.0
@@ -21,7 +20,7 @@ _TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
-class IsaacLabConfig:
+class IsaacLabConfig(OneTask):
     """Which Isaac Lab task to run, and how; `embodied-rl install isaaclab` makes the Python environment it runs in."""
 
     task: str = "Isaac-Reach-Franka"
@@ -48,32 +47,15 @@ class IsaacLabConfig:
     """Time limit in environment steps; None is the task's own."""
 
     def __post_init__(self) -> None:
-        if self.observation not in OBSERVATIONS:
-            raise unknown("Isaac Lab observation", self.observation, OBSERVATIONS)
-        if self.reward not in REWARDS:
-            raise unknown("Isaac Lab reward", self.reward, REWARDS)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UserError(f"Isaac Lab device '{self.device}' is neither 'cpu' nor a CUDA device such as 'cuda:0'")
-        for name in ("num_envs", "workers", "image_size", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"Isaac Lab {name} is {value}; it must be at least 1")
+        check_settings("Isaac Lab", self)
 
     @property
     def environment(self) -> tuple[str, dict[str, Any]]:
         """("module:class", JSON-able keyword arguments): how a worker constructs its environments, all at once."""
         kwargs = {name: value for name, value in asdict(self).items() if name not in ("num_envs", "workers")}
         return "embodied_rl.simulators.isaaclab.environment:IsaacLabEnvironment", kwargs
-
-    @property
-    def num_tasks(self) -> int:
-        """One configuration runs one task."""
-        return 1
-
-    @property
-    def num_states(self) -> int:
-        """Isaac Lab draws every initial state from the seed."""
-        return 0
 
     def demonstrator(self) -> Demonstrator:
         """Raises `UserError`: there is none."""

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from embodied_rl.errors import UserError, unknown
+from embodied_rl.errors import UserError
 from embodied_rl.simulators.base import Demonstrator, Listing, ResetSchedule, Simulator
 from embodied_rl.simulators.libero import assets, init_states, suites
-
-OBSERVATIONS = ("state", "rgb", "state+rgb")
+from embodied_rl.simulators.settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -48,16 +47,11 @@ class LiberoConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
-        if self.observation not in OBSERVATIONS:
-            raise unknown("LIBERO observation", self.observation, OBSERVATIONS)
         count = len(suites.suite_tasks(self.suite))
         wrong = [index for index in self.tasks if not 0 <= index < count]
         if wrong or len(set(self.tasks)) < len(self.tasks):
             raise UserError(f"LIBERO tasks must be different numbers from 0 to {count - 1}, not {list(self.tasks)}")
-        for name in ("num_envs", "workers", "image_size", "max_steps", "built_tasks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"LIBERO {name} is {value}; it must be at least 1")
+        check_settings("LIBERO", self, "built_tasks")
         if self.settle_steps < 0:
             raise UserError(f"LIBERO settle_steps is {self.settle_steps}; it must be at least 0")
         self.limits  # noqa: B018 - raises where there is none

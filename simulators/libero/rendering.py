@@ -1,12 +1,8 @@
-"""Images of MuJoCo scenes: one OpenGL context per process, always made current before it is used."""
+"""Images of LIBERO's scenes."""
 
 from __future__ import annotations
 
-import atexit
-import functools
 import hashlib
-import importlib
-import os
 import weakref
 from typing import Any
 
@@ -15,38 +11,19 @@ import numpy as np
 from embodied_rl.simulators import mujoco_gl
 from embodied_rl.simulators.libero import installed
 
-_WIDTH, _HEIGHT = 640, 480
 _UNSEEN = 5
 """A group of shapes that LIBERO leaves empty."""
 
 
-@functools.cache
-def _context() -> Any:
-    """The process's OpenGL context. One is enough, and no scene can draw into another's."""
-    backend = mujoco_gl.configure()
-    module = importlib.import_module(f"mujoco.{backend}")  # `mujoco.GLContext` was chosen when mujoco was imported
-    if backend == "egl":
-        _choose_device(module)
-    context = module.GLContext(_WIDTH, _HEIGHT)
-    atexit.register(_free)  # while the interpreter can still call OpenGL
-    return context
-
-
-def _choose_device(egl: Any) -> None:
-    """The first GPU that CUDA may use, unless MUJOCO_EGL_DEVICE_ID says which. EGL counts all GPUs of a machine, also
-    those that CUDA_VISIBLE_DEVICES hides; where it sees fewer, in a container, it is left to choose."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    if visible.isdigit() and int(visible) < len(egl.EGL.eglQueryDevicesEXT()):
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", visible)
+_uploads: weakref.WeakValueDictionary[bytes, Upload] = weakref.WeakValueDictionary()
 
 
 def _free() -> None:
     for upload in list(_uploads.values()):
         upload.free()
-    _context().free()
 
 
-_uploads: weakref.WeakValueDictionary[bytes, Upload] = weakref.WeakValueDictionary()
+mujoco_gl.before_end(_free)
 
 
 class Upload:
@@ -55,7 +32,7 @@ class Upload:
     def __init__(self, model: Any) -> None:
         self.context: Any = None
         mujoco = installed.mujoco()
-        _context().make_current()
+        mujoco_gl.make_current()
         self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
 
     @classmethod
@@ -73,7 +50,7 @@ class Upload:
     def free(self) -> None:
         """Give the memory back; the scenes that share it can no longer be rendered."""
         if self.context is not None:
-            _context().make_current()
+            mujoco_gl.make_current()
             self.context.free()
             self.context = None
 
@@ -111,7 +88,7 @@ class Renderer:
         """{camera: uint8 [size,size,3]}, turned by 180 degrees against how OpenGL stores images, as in the field's
         datasets. The kinematics of `data` must be up to date."""
         mujoco, context = self._mujoco, self._upload.context
-        _context().make_current()
+        mujoco_gl.make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
         viewport = mujoco.MjrRect(0, 0, self._size, self._size)
         images = {}

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import embodied_rl
-from embodied_rl.errors import UserError, unknown
 from embodied_rl.simulators.base import Demonstrator, Listing, ResetSchedule, Simulator
-
-OBSERVATIONS = ("state", "rgb", "state+rgb")
-REWARDS = ("sparse", "normalized_dense", "dense", "none")
+from embodied_rl.simulators.settings import OneTask, check_settings
 
 
 @dataclass(frozen=True)
-class ManiSkillConfig:
+class ManiSkillConfig(OneTask):
     """Which ManiSkill3 task to run, and how. `build` raises `UserError` for whatever cannot be run."""
 
     task: str = "PickCube-v1"
@@ -42,16 +39,7 @@ class ManiSkillConfig:
     """Time limit in environment steps; None is the task's registered one."""
 
     def __post_init__(self) -> None:
-        if self.observation not in OBSERVATIONS:
-            raise unknown("ManiSkill observation", self.observation, OBSERVATIONS)
-        if self.reward not in REWARDS:
-            raise unknown("ManiSkill reward", self.reward, REWARDS)
-        if self.backend not in ("cpu", "gpu"):
-            raise unknown("ManiSkill backend", self.backend, ("cpu", "gpu"))
-        for name in ("num_envs", "workers", "image_size", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"ManiSkill {name} is {value}; it must be at least 1")
+        check_settings("ManiSkill", self)
 
     @property
     def environment(self) -> tuple[str, dict[str, Any]]:
@@ -59,16 +47,6 @@ class ManiSkillConfig:
         skip = ("num_envs", "workers", "backend")
         kwargs = {name: value for name, value in asdict(self).items() if name not in skip}
         return "embodied_rl.simulators.maniskill.rows:ManiSkillRows", kwargs
-
-    @property
-    def num_tasks(self) -> int:
-        """One configuration runs one task."""
-        return 1
-
-    @property
-    def num_states(self) -> int:
-        """ManiSkill draws every initial state from the seed."""
-        return 0
 
     def demonstrator(self) -> Demonstrator:
         """The scripted expert; raises `UserError` for a task or controller without one."""

@@ -9,10 +9,7 @@ from typing import Any, Literal
 from embodied_rl.errors import UserError, unknown
 from embodied_rl.simulators.base import Demonstrator, Listing, ResetSchedule, Simulator
 from embodied_rl.simulators.metaworld.instructions import BENCHMARKS, INSTRUCTIONS
-
-OBSERVATIONS = ("state", "rgb", "state+rgb")
-REWARDS = ("dense", "sparse")
-PLACEMENTS = ("recorded", "random")
+from embodied_rl.simulators.settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -48,15 +45,7 @@ class MetaWorldConfig:
                 raise unknown("MetaWorld task", name, [*INSTRUCTIONS, *BENCHMARKS])
         if not self.names:
             raise UserError("MetaWorld tasks is empty; name at least one")
-        if self.observation not in OBSERVATIONS:
-            raise unknown("MetaWorld observation", self.observation, OBSERVATIONS)
-        if self.reward not in REWARDS:
-            raise unknown("MetaWorld reward", self.reward, REWARDS)
-        if self.placements not in PLACEMENTS:
-            raise unknown("MetaWorld placements", self.placements, PLACEMENTS)
-        for name in ("num_envs", "workers", "image_size", "max_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"MetaWorld {name} is {getattr(self, name)}; it must be at least 1")
+        check_settings("MetaWorld", self)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,5 +91,5 @@ def tasks() -> list[Listing]:
 
     missing = "" if find_spec("metaworld") else "metaworld is not installed: pip install metaworld==3.0.0"
     return [
-        Listing(name, words, ("corner2",), 4, 500, ", ".join(REWARDS), missing) for name, words in INSTRUCTIONS.items()
+        Listing(name, words, ("corner2",), 4, 500, "dense, sparse", missing) for name, words in INSTRUCTIONS.items()
     ]

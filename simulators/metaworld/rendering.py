@@ -1,4 +1,4 @@
-"""Images of MetaWorld: one OpenGL context per process, in which each task's meshes and textures are kept once.
+"""Images of MetaWorld: each task's meshes and textures are kept once per process.
 
 Models of one task differ only in where things are, which comes from the data, so that all environments of a process
 draw with the same. Gymnasium's renderers, which MetaWorld uses, do not make their context current and get each other's
@@ -7,8 +7,6 @@ images when several draw in turn (Metaworld#448, Gymnasium#736).
 
 from __future__ import annotations
 
-import atexit
-import functools
 import importlib
 from typing import Any
 
@@ -22,24 +20,10 @@ _uploads: dict[tuple[str, int], tuple[Any, Any]] = {}
 """{(task, image size): (its meshes and textures in OpenGL, the scene to fill)}."""
 
 
-@functools.cache
-def _context() -> Any:
-    # Not `mujoco.GLContext`, which was chosen when mujoco was imported. Its own size does not matter.
-    context = importlib.import_module(f"mujoco.{mujoco_gl.configure()}").GLContext(64, 64)
-    atexit.register(_end)
-    return context
-
-
-def _end() -> None:
-    """While the interpreter can still call OpenGL."""
-    close()
-    _context.cache_clear()
-
-
 def image(name: str, model: Any, data: Any, size: int, shadows: bool) -> np.ndarray:
     """uint8 [size,size,3] of task `name` as `data` stands."""
     mujoco: Any = importlib.import_module("mujoco")
-    _context().make_current()
+    mujoco_gl.make_current()
     if (name, size) not in _uploads:
         offscreen = model.vis.global_
         offscreen.offwidth, offscreen.offheight = max(offscreen.offwidth, size), max(offscreen.offheight, size)
@@ -61,5 +45,8 @@ def image(name: str, model: Any, data: Any, size: int, shadows: bool) -> np.ndar
 def close() -> None:
     """Give the memory back; what is still needed is made again."""
     while _uploads:
-        _context().make_current()
+        mujoco_gl.make_current()
         _uploads.popitem()[1][0].free()
+
+
+mujoco_gl.before_end(close)

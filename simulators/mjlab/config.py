@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from embodied_rl.errors import UserError, unknown
+from embodied_rl.errors import UserError
 from embodied_rl.simulators import interpreters
 from embodied_rl.simulators.base import Demonstrator, Listing, ResetSchedule, Simulator
 from embodied_rl.simulators.mjlab.tasks import TASKS, check, rewards
+from embodied_rl.simulators.settings import OneTask, check_settings
 
-OBSERVATIONS = ("state", "rgb", "state+rgb")
-REWARDS = ("task", "success")
 _START_TIMEOUT = 900.0
 """Seconds: the first start of a task on a machine compiles its kernels, minutes on a busy one."""
 _TIMEOUT = 600.0
@@ -21,7 +20,7 @@ _TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
-class MjlabConfig:
+class MjlabConfig(OneTask):
     """Which mjlab task to run, and how; `embodied-rl install mjlab` makes the Python environment it runs in."""
 
     task: str = "Mjlab-Lift-Cube-Yam"
@@ -43,32 +42,15 @@ class MjlabConfig:
     """Time limit in environment steps; None is the task's own."""
 
     def __post_init__(self) -> None:
-        if self.observation not in OBSERVATIONS:
-            raise unknown("mjlab observation", self.observation, OBSERVATIONS)
-        if self.reward not in REWARDS:
-            raise unknown("mjlab reward", self.reward, REWARDS)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UserError(f"mjlab device '{self.device}' is neither 'cpu' nor a CUDA device such as 'cuda:0'")
-        for name in ("num_envs", "workers", "image_size", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"mjlab {name} is {value}; it must be at least 1")
+        check_settings("mjlab", self)
 
     @property
     def environment(self) -> tuple[str, dict[str, Any]]:
         """("module:class", JSON-able keyword arguments): how a worker constructs its environments, all at once."""
         kwargs = {name: value for name, value in asdict(self).items() if name not in ("num_envs", "workers")}
         return "embodied_rl.simulators.mjlab.environment:MjlabEnvironment", kwargs
-
-    @property
-    def num_tasks(self) -> int:
-        """One configuration runs one task."""
-        return 1
-
-    @property
-    def num_states(self) -> int:
-        """mjlab draws every initial state from the seed."""
-        return 0
 
     def demonstrator(self) -> Demonstrator:
         """Raises `UserError`: there is none."""

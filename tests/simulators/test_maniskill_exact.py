@@ -125,7 +125,7 @@ def test_grasping_and_success_give_the_wrapper_s_bits() -> None:
         if terminated or truncated:
             assert success
             env.reset(InitialState(0, next(seeds)))
-            script.reset(np.array([0]))
+            script.reset(np.array([0]), np.array([0]))
     assert max(rewards) == 5  # at least one success
     ours = rollout("PickCube-v1", "pd_ee_delta_pos", "dense", np.array(actions), None)
     assert_same(ours, rollout_of_wrapper("PickCube-v1", "pd_ee_delta_pos", "dense", np.array(actions), None))
