@@ -1,9 +1,10 @@
 """The Eagle 2.5 backbone of GR00T N1.5: SigLIP, a linear projector and the first layers of Qwen3, of transformers'
 parts.
 
-Names and sizes are those of NVIDIA's public code and of public converters of its weights (one linear layer, no pixel
-shuffle; 12 of Qwen3-1.7B's 28 layers, then its final norm). They are not verified against the weights themselves, and
-no reference numbers hold this file; the action head's are held.
+Names and sizes are those of NVIDIA's public code and of public converters of its weights: one linear layer, no pixel
+shuffle; 12 of Qwen3-1.7B's 28 layers, then its final norm. With them the whole network has as many parameters as public
+training logs count. They are not verified against the weights themselves, and no reference numbers hold this file; the
+action head's are held.
 """
 
 from __future__ import annotations

@@ -19,9 +19,8 @@ class Prefix:
 
     features: Tensor
     """The backbone's [B,T,F]."""
-    mask: Tensor
-    """bool [B,T], False for padding."""
     context: Context
+    """The action head's."""
 
 
 class Network(nn.Module):
@@ -40,15 +39,17 @@ class Network(nn.Module):
         assert isinstance(eagle, Eagle)
         return eagle
 
-    def encode(self, images: list[Tensor], tokens: Tensor, mask: Tensor, state: Tensor, embodiment: int) -> Prefix:
-        """Encode images [uint8 [B,S,S,3]], a prompt [B,T] with its mask, and a state [B,state_dim]. No gradient is
-        recorded in a backbone of which no parameter is trained."""
+    def features(self, images: list[Tensor], tokens: Tensor, mask: Tensor) -> Tensor:
+        """The backbone's features [B,T,F] of images [uint8 [B,S,S,3]] and a prompt [B,T] with its mask. No gradient is
+        recorded when none of its parameters is trained."""
         frozen = not any(parameter.requires_grad for parameter in self.eagle.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            features = self.eagle(images, tokens, mask)
+            return self.eagle(images, tokens, mask)
+
+    def encode(self, features: Tensor, state: Tensor, embodiment: int) -> Prefix:
+        """What the velocity needs of features [B,T,F] and a state [B,state_dim]."""
         dtype = self.action_head.vlln.weight.dtype
-        context = self.action_head.context(features.to(dtype), state.to(dtype), embodiment)
-        return Prefix(features, mask, context)
+        return Prefix(features, self.action_head.context(features.to(dtype), state.to(dtype), embodiment))
 
     def velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(v float32 [B,H,D], the DiT's output at the action tokens [B,H,hidden]) at x [B,H,D] and t [B]."""
@@ -67,6 +68,6 @@ def flow_velocity(head: ActionHead, context: Context, x: Tensor, t: Tensor) -> t
 
 
 def time_bucket(t: Tensor, buckets: int) -> Tensor:
-    """The bucket int64 [B] in 0 .. buckets - 1 that flow times [B] fall into, cut towards the noise."""
+    """The bucket int64 [B], 0 = noise, that flow times [B] fall into; times beyond the noise are in bucket 0."""
     # 1e-3 of a bucket more: float32 puts 1 - 0.3 a hair below 0.7, hence into the bucket before
-    return ((1 - t) * buckets + 1e-3).long().clamp(0, buckets - 1)
+    return ((1 - t) * buckets + 1e-3).long().clamp_min(0)

@@ -134,8 +134,7 @@ class Gr00tPolicy(FlowPolicy):
     # -- the network ---------------------------------------------------------------------------------------------
 
     def encode(self, inputs: Inputs) -> Prefix:
-        images = [inputs[f"image.{name}"] for name in self.cameras]
-        return self.network.encode(images, inputs["tokens"], inputs["token_mask"], inputs["state"], self.embodiment)
+        return self.network.encode(self._backbone(inputs), inputs["state"], self.embodiment)
 
     def velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(v [B,H,D], the DiT's output at the action tokens [B,H,W])."""
@@ -148,23 +147,24 @@ class Gr00tPolicy(FlowPolicy):
 
     def value(self, inputs: Inputs) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.value_trains_prefix):
-            prefix = self.encode(inputs)
-        return self.prefix_value(prefix, inputs)
+            features = self._backbone(inputs)
+        return self._value(features, inputs)
 
     def prefix_value(self, prefix: Prefix, inputs: Inputs) -> Tensor:
-        description = self._description(prefix, inputs)
-        return self.value_head(description if self.config.value_trains_prefix else description.detach())
+        return self._value(prefix.features, inputs)
 
     def features(self, inputs: Inputs) -> Tensor:
         """What the value head reads: the mean of the backbone's features over the prompt's valid tokens, images
         included, and the state."""
         with torch.no_grad():
-            return self._description(self.encode(inputs), inputs)
+            return _describe(self._backbone(inputs), inputs)
 
-    def _description(self, prefix: Prefix, inputs: Inputs) -> Tensor:
-        mask = prefix.mask[..., None]
-        mean = torch.where(mask, prefix.features.float(), 0.0).sum(1) / mask.sum(1)
-        return torch.cat([mean, inputs["state"]], 1)
+    def _value(self, features: Tensor, inputs: Inputs) -> Tensor:
+        return self.value_head(_describe(features if self.config.value_trains_prefix else features.detach(), inputs))
+
+    def _backbone(self, inputs: Inputs) -> Tensor:
+        images = [inputs[f"image.{name}"] for name in self.cameras]
+        return self.network.features(images, inputs["tokens"], inputs["token_mask"])
 
     def imitation_loss(
         self,
@@ -268,6 +268,13 @@ class Gr00tPolicy(FlowPolicy):
         if np.isfinite(low).all() and np.isfinite(high).all():
             bounds: dict[str, Array] = {"min": low, "max": high}
             self.action_normaliser.fit(bounds, "the action bounds")
+
+
+def _describe(features: Tensor, inputs: Inputs) -> Tensor:
+    """[B,F+state_dim] of the backbone's features [B,T,F]."""
+    mask = inputs["token_mask"][..., None]
+    mean = torch.where(mask, features.float(), 0.0).sum(1) / mask.sum(1)
+    return torch.cat([mean, inputs["state"]], 1)
 
 
 def _padded(x: Tensor, width: int) -> Tensor:

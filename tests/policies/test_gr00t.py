@@ -6,61 +6,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from gr00t_toys import ACTION, LENGTH, SEEN, build, configure, noise, observe
 
+from embodied_rl.algorithms.imitation import ImitationConfig
+from embodied_rl.algorithms.ppo import PPOConfig
 from embodied_rl.config import from_dict, to_dict
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies import check
 from embodied_rl.policies.check import synthesise
-from embodied_rl.policies.gr00t.checkpoint import METADATA, OUTPUT_LAYER, TOKEN_TABLE, describe
+from embodied_rl.policies.gr00t.checkpoint import TOKEN_TABLE
 from embodied_rl.policies.gr00t.config import Gr00tConfig
 from embodied_rl.policies.gr00t.eagle import Eagle
 from embodied_rl.policies.gr00t.network import Network
-from embodied_rl.policies.gr00t.policy import Gr00tPolicy
-from embodied_rl.policies.gr00t.preprocessing import MinMax, prompt, see
+from embodied_rl.policies.gr00t.preprocessing import MinMax, load_tokenizer, prompt, see
 from embodied_rl.policies.gr00t.sizes import GR00T_N1_5, tiny
 from embodied_rl.policies.pi0.preprocessing import Bytes
-from embodied_rl.randomness import RowNoise
 from embodied_rl.recipes.quickstart import quickstart
 from embodied_rl.registry import policies
-from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, connect
-
-SEEN = ObservationSpec(state=5, cameras={"agentview": CameraSpec(20, 30), "wrist": CameraSpec(32, 32)})
-ACTION = ActionSpec((-1.0, -2.0, 0.0), (1.0, 2.0, 1.0), (0.0, 0.0, 0.0))
-LENGTH = 220
-"""Two images of 16 tokens, and the chat prompt in bytes."""
-SETTINGS = {
-    "network": tiny(),
-    "tokenizer": "bytes",
-    "prompt_length": LENGTH,
-    "chunk": 2,
-    "denoise_steps": 3,
-    "value_hidden": (16,),
-    "frozen": (),
-}
-
-
-def configure(**settings):
-    return Gr00tConfig(**{**SETTINGS, "horizon": 4, **settings})
-
-
-def build(**settings):
-    """With every parameter away from its first value, so that nothing is the identity by chance."""
-    torch.manual_seed(0)
-    policy = configure(**settings).build(SEEN, ACTION)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return policy
-
-
-def noise(rows=6):
-    return RowNoise(1, np.arange(rows), np.zeros(rows, np.int64))
-
-
-def observe(policy):
-    return policy.prepare(synthesise(policy.observation_spec))
-
+from embodied_rl.specs import ActionSpec, CameraSpec, connect
+from embodied_rl.types import Trajectory
 
 # -- the contract -----------------------------------------------------------------------------------------------------
 
@@ -192,6 +156,53 @@ def test_imitation_counts_the_real_dimensions_at_the_reference_times(monkeypatch
     assert float(t.var()) == pytest.approx(1.5 / (2.5**2 * 3.5), abs=0.003)
 
 
+def trajectory(policy):
+    """Two decisions in three environments, with made-up rewards."""
+    inputs = observe(policy)
+    sample = policy.act(inputs, noise=noise())
+
+    def fold(x):
+        return x.unflatten(0, (2, 3))
+
+    no = torch.zeros(2, 3, 2, dtype=torch.bool)
+    return Trajectory(
+        inputs={name: fold(value) for name, value in inputs.items()},
+        trace={name: fold(value) for name, value in sample.trace.items()},
+        actions=fold(sample.actions),
+        log_prob=fold(sample.log_prob),
+        value=fold(sample.value),
+        last_value=torch.zeros(3),
+        final_value=torch.zeros(2, 3),
+        reward=torch.arange(12.0).view(2, 3, 2),
+        terminated=no,
+        truncated=no,
+        valid=~no,
+        tickets=torch.zeros(2, 3, dtype=torch.int64),
+        version=0,
+    )
+
+
+def test_ppo_and_cloning_improve_the_groups_that_are_not_frozen():
+    policy = build(frozen=("vision",))
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+
+    def moved():
+        return {name for name, p in policy.named_parameters() if not torch.equal(before[name], p)}
+
+    algorithm = PPOConfig(epochs=1, minibatches=1, critic_warmup=0).build(policy, 0)
+    metrics = algorithm.learn(trajectory(policy), torch.Generator().manual_seed(0))
+    assert abs(metrics["approx_kl"]) < 1e-8
+    for part in ("language_model", "action_head.model", "action_head.state_encoder", "value_head"):
+        assert any(part in name for name in moved()), part
+    assert not any("vision_model" in name or "mlp1" in name for name in moved())
+    values = {name: p.detach().clone() for name, p in policy.value_head.named_parameters()}
+    anchor = {"inputs": observe(policy), "actions": torch.zeros(6, 4, 3), "valid": torch.ones(6, 4, dtype=torch.bool)}
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    ImitationConfig().build(policy, 0).update(anchor, torch.Generator().manual_seed(0))
+    assert any("action_head.action_decoder" in name for name in moved())
+    assert all(torch.equal(values[name], p) for name, p in policy.value_head.named_parameters())
+
+
 # -- what it sees -----------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +271,19 @@ def test_a_tokenizer_is_needed_only_to_prepare(tmp_path):
         observe(build(tokenizer=str(tmp_path)))
     with pytest.raises(UserError, match="no folder absent"):
         observe(build(tokenizer="absent"))
+
+
+def test_a_tokenizer_comes_from_a_local_folder(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = {"<unk>": 0, "open": 5, "drawer": 6, "</img>": 7, "<img>": 8, "<|im_end|>": 9}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<img>", "</img>", "<|im_end|>"]})
+    fast.save_pretrained(tmp_path)
+    ids = prompt(load_tokenizer(str(tmp_path)), "open drawer", 1, 99, 3)
+    assert [token for token in ids if token] == [9, 8, 99, 99, 99, 7, 5, 6, 9]
 
 
 def test_cameras_come_in_the_order_told():
@@ -397,127 +421,3 @@ def test_settings_that_make_no_sense_are_named(settings, message):
 def test_settings_survive_json():
     run = replace(quickstart(), policy=configure(cameras=("wrist",), state_keys=("x", "y")))
     assert from_dict(json.loads(json.dumps(to_dict(run)))) == run
-
-
-# -- folders ----------------------------------------------------------------------------------------------------------
-
-
-def reload(folder, **settings):
-    return Gr00tPolicy.from_pretrained(folder, SEEN, ACTION, **{**SETTINGS, **settings})
-
-
-def same_acts(one, two, tolerance=1e-6):
-    inputs = one.prepare(synthesise(one.observation_spec))
-    theirs = two.prepare(synthesise(two.observation_spec))
-    a, b = one.act(inputs, noise=noise()), two.act(theirs, noise=noise())
-    torch.testing.assert_close(a.actions, b.actions, rtol=0, atol=tolerance)
-    torch.testing.assert_close(a.value, b.value, rtol=0, atol=tolerance)
-
-
-def fails(message, act):
-    with pytest.raises(UserError, match=message) as caught:
-        act()
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_is_written_and_read(tmp_path):
-    policy = build(method="noise")
-    policy.set_statistics(np.arange(5.0), np.arange(1.0, 6.0))
-    policy.save_pretrained(tmp_path / "one")
-    (tmp_path / "one" / "README.md").write_text("by its authors")
-    loaded = reload(tmp_path / "one", method="noise")
-    assert loaded.horizon == 4
-    same_acts(policy, loaded)
-    loaded.set_statistics(np.full(5, 9.0), np.ones(5))  # a checkpoint keeps its own
-    assert loaded.state_normaliser.as_dict() == policy.state_normaliser.as_dict()
-    loaded.save_pretrained(tmp_path / "two")
-    one, two = ({p.relative_to(tmp_path / n): p for p in (tmp_path / n).rglob("*.*")} for n in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert all(one[name].read_bytes() == two[name].read_bytes() for name in one if one[name].is_file())
-    fails("is inside the checkpoint", lambda: loaded.save_pretrained(tmp_path / "one" / "mine"))
-
-
-def test_types_and_the_unused_output_layer_are_kept(tmp_path):
-    build().save_pretrained(tmp_path / "one")
-    file = tmp_path / "one" / "model.safetensors"
-    weights = {key: value.bfloat16() for key, value in load_file(file).items()}
-    table = weights.pop(TOKEN_TABLE)
-    assert torch.equal(weights.pop(OUTPUT_LAYER), table)
-    for stored in (
-        {TOKEN_TABLE: table},
-        {OUTPUT_LAYER: table},
-        {TOKEN_TABLE: table, OUTPUT_LAYER: torch.randn(table.shape).half()},
-    ):
-        stored |= weights
-        save_file(stored, file)
-        policy = reload(tmp_path / "one")
-        assert torch.equal(policy.network.state_dict()[TOKEN_TABLE], table)
-        assert policy.act(observe(policy)).actions.dtype == torch.float32
-        policy.save_pretrained(tmp_path / "two")
-        again = load_file(tmp_path / "two" / "model.safetensors")
-        assert again.keys() == stored.keys()
-        assert all(again[key].dtype == value.dtype and torch.equal(again[key], value) for key, value in stored.items())
-    save_file(weights, file)
-    fails("has no backbone.eagle_model.language_model.model.embed_tokens", lambda: reload(tmp_path / "one"))
-
-
-def test_adapters_are_merged_in_the_published_layout(tmp_path):
-    policy = build(lora_rank=3, frozen=("vision",))
-    policy.save_pretrained(tmp_path)
-    same_acts(policy, reload(tmp_path), 1e-5)
-    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
-    adapters = [name for name in trained if "lora_" in name]
-    for part in ("language_model", "action_head.model", "action_head.vl_self_attention"):
-        assert any(part in name for name in adapters), part
-    assert not any("vision_model" in name for name in trained)
-    assert "network.action_head.state_encoder.layer1.W" in trained
-    assert not any(name.endswith(".base_layer.weight") for name in trained)
-
-
-def test_parts_of_state_and_action_are_joined_in_the_order_told(tmp_path):
-    build().save_pretrained(tmp_path)
-    file = tmp_path / METADATA
-    content = json.loads(file.read_text())
-    both = {name: {"min": [0.0] * n, "max": [float(n)] * n} for name, n in (("x", 2), ("y", 3), ("hand", 4))}
-    content["new_embodiment"]["statistics"]["state"] = both
-    file.write_text(json.dumps(content))
-    fails(
-        r"state describes 9 dimensions \(x, y, hand\), the simulator has 5: .*--policy.state-keys",
-        lambda: reload(tmp_path),
-    )
-    loaded = reload(tmp_path, state_keys=("y", "x"))
-    assert loaded.state_normaliser.as_dict()["max"] == [3.0, 3.0, 3.0, 2.0, 2.0]
-    fails("has no statistics 'z'; it has x, y, hand", lambda: reload(tmp_path, state_keys=("z",)))
-    fails("has no statistics 'gr1'; it has new_embodiment", lambda: reload(tmp_path, embodiment="gr1"))
-    del both["y"]["min"]
-    file.write_text(json.dumps(content))
-    fails("has no 'min', which this policy normalises with", lambda: reload(tmp_path, state_keys=("y", "x")))
-    file.unlink()
-    fails("metadata.json cannot be read", lambda: reload(tmp_path))
-
-
-def test_what_is_wrong_with_a_folder_is_named(tmp_path):
-    build().save_pretrained(tmp_path)
-    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    content = describe(tiny(), 4)
-    assert json.loads(config.read_text()) == content
-    fails("action_horizon is 4, the policy's 7", lambda: reload(tmp_path, horizon=7))
-    heads = json.loads(json.dumps(content))
-    heads["action_head_cfg"]["diffusion_model_cfg"]["num_attention_heads"] = 2
-    config.write_text(json.dumps(heads))
-    fails("action_head_cfg.diffusion_model_cfg.num_attention_heads is 2, the policy's 4", lambda: reload(tmp_path))
-    config.write_text(json.dumps({**content, "model_type": "Gr00tN1d7"}))
-    fails("model_type is Gr00tN1d7, not gr00t_n1_5", lambda: reload(tmp_path))
-    config.write_text(json.dumps({"model_type": "gr00t_n1_5"}))
-    bigger = replace(tiny(), backbone=replace(tiny().backbone, vision=replace(tiny().backbone.vision, mlp=65)))
-    fails("has another shape of backbone", lambda: reload(tmp_path, network=bigger))
-    fails("heads.safetensors does not fit", lambda: reload(tmp_path, value_hidden=(17,)))
-    weights = load_file(file)
-    save_file({**weights, "extra.weight": torch.ones(1)}, file)
-    fails("unexpected extra.weight", lambda: reload(tmp_path))
-    save_file({key: value for key, value in weights.items() if "vlln" not in key}, file)
-    fails("has no action_head.vlln.bias, action_head.vlln.weight", lambda: reload(tmp_path))
-    file.write_bytes(b"\x00" * 20)
-    fails("model.safetensors is truncated or damaged", lambda: reload(tmp_path))
-    config.unlink()
-    fails("config.json cannot be read", lambda: reload(tmp_path))
