@@ -17,6 +17,8 @@ STEPS = 20
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (STEPS, 1)).astype(np.float32)
 ROWS = np.arange(len(SEEDS))
 
+pytestmark = pytest.mark.slow
+
 
 class Schedule:
     """A ticket's seed is its number, but for the first ones."""
