@@ -107,6 +107,7 @@ policies = Registry(
         "openvla_oft": "embodied_rl.policies.openvla.config:OpenVLAOFTConfig",
         "pi0": "embodied_rl.policies.pi0.config:Pi0Config",
         "pi05": "embodied_rl.policies.pi0.config:Pi05Config",
+        "tiny_vla": "embodied_rl.policies.tiny_vla:TinyVLAConfig",
     },
 )
 algorithms = Registry(
