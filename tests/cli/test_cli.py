@@ -163,7 +163,8 @@ def test_other_failures_keep_their_meaning(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 INTERRUPTED = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
 run = types.ModuleType("run")
 def train(*_, **__):
     print("training", flush=True)
