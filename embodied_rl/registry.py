@@ -103,6 +103,7 @@ policies = Registry(
         "gaussian_mlp": "embodied_rl.policies.gaussian_mlp:GaussianMLPConfig",
         "flow_mlp": "embodied_rl.policies.flow_mlp:FlowMLPConfig",
         "gr00t": "embodied_rl.policies.gr00t.config:Gr00tConfig",
+        "lerobot_act": "embodied_rl.policies.lerobot:LeRobotACTConfig",
         "openvla": "embodied_rl.policies.openvla.config:OpenVLAConfig",
         "openvla_oft": "embodied_rl.policies.openvla.config:OpenVLAOFTConfig",
         "pi0": "embodied_rl.policies.pi0.config:Pi0Config",

@@ -88,7 +88,7 @@ class MyVLAConfig:
         return MyVLA(self, observation_spec, action_spec)
 
 
-registry.policies.register("my_vla", f"{__name__}:MyVLAConfig")
+registry.policies.register("my_vla", "add_your_own_policy:MyVLAConfig")
 
 if __name__ == "__main__":
     raise SystemExit(cli.main())
