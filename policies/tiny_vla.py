@@ -3,6 +3,7 @@ along."""
 
 from __future__ import annotations
 
+import filecmp
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +73,7 @@ class TinyVLAConfig(Pi0Config):
 
 
 class Pieces:
-    """A tokenizer.json by itself. transformers gives the same ids, after seconds of imports."""
+    """A tokenizer.json with a token <bos>. transformers gives the same ids, after seconds of imports."""
 
     def __init__(self, file: Path) -> None:
         import tokenizers
@@ -90,6 +91,6 @@ class Pieces:
 
 
 def read_tokenizer(folder: Path) -> Pieces | None:
-    """The one in `folder`, None without a tokenizer.json."""
-    file = folder / "tokenizer.json"
-    return Pieces(file) if file.is_file() else None
+    """Ours, when it is what `folder` holds; another one is left to transformers."""
+    theirs, ours = folder / "tokenizer.json", TOKENIZER / "tokenizer.json"
+    return Pieces(ours) if theirs.is_file() and filecmp.cmp(theirs, ours, shallow=False) else None

@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from image_toys import roll_out, simulate
 
 from embodied_rl import registry
 from embodied_rl.algorithms.imitation import ImitationConfig
+from embodied_rl.algorithms.ppo import PPOConfig
 from embodied_rl.config import from_dict, to_dict
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies import check
@@ -97,6 +99,19 @@ def test_is_registered_and_its_settings_survive_json():
     assert registry.policies.load("tiny_vla") is TinyVLAConfig
     run = replace(quickstart(), policy=TinyVLAConfig(frozen=("vision",)))
     assert from_dict(json.loads(json.dumps(to_dict(run)))) == run
+
+
+def test_ppo_improves_it_in_every_part():
+    with simulate() as simulator:
+        policy = build(simulator.observation_spec, simulator.action_spec)
+        ppo = PPOConfig(epochs=1, minibatches=1, critic_warmup=0).build(policy, 0)
+        worker, generator = roll_out(simulator, policy), torch.Generator().manual_seed(0)
+        groups = policy.parameter_groups()
+        before = {name: [p.detach().clone() for p in group] for name, group in groups.items()}
+        for version in range(2):
+            assert abs(ppo.learn(worker.collect(4, version), generator)["approx_kl"]) < 1e-6
+    for name, group in groups.items():
+        assert any(not torch.equal(a, b) for a, b in zip(before[name], group, strict=True)), name
 
 
 # -- any simulator ----------------------------------------------------------------------------------------------------
