@@ -55,7 +55,7 @@ def asset_paths(name: str, problem: str) -> list[str]:
     ids: list[str] = []
     for asset in tasks._registry()[name].asset_download_ids or [problem.split()[-1]]:
         ids += expand_data_group_into_individual_data_source_ids(asset) if asset in DATA_GROUPS else [asset]
-    sources = [DATA_SOURCES[each] for each in ids if each in DATA_SOURCES]
+    sources: list[Any] = [DATA_SOURCES[each] for each in ids if each in DATA_SOURCES]
     return sorted({str((source.output_dir / source.target_path).relative_to(str(ASSET_DIR))) for source in sources})
 
 

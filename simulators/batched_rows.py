@@ -20,6 +20,7 @@ class BatchedRows:
         self._first = first
         self._memory = memory
         self._mine = slice(first, first + environment.num_envs)
+        self._hold = np.asarray(environment.action_spec.hold, np.float32)
         self._block: Block | None = None
 
     def map(self, where: dict[str, Any]) -> None:
@@ -43,12 +44,11 @@ class BatchedRows:
         steps.clear()
         run = block.run[self._mine].copy()
         live = run.copy()
-        hold = np.asarray(self._environment.action_spec.hold, np.float32)
         before: Frame = block.frames[1 - buffer]
         for k in range(chunk):
             ended = np.zeros_like(live)
             if live.any():
-                todo = np.where(live[:, None], actions[:, k], hold)
+                todo = actions[:, k] if live.all() else np.where(live[:, None], actions[:, k], self._hold)
                 reward, terminated, truncated, success = self._environment.step(todo)
                 steps.valid[:, k] = live
                 steps.reward[:, k] = np.where(live, reward, 0)
@@ -64,6 +64,9 @@ class BatchedRows:
                 self._keep(current, before, ~live)
                 before = current
             live &= ~ended
+        if live.all():
+            self._observe(frame, live)
+            return
         ended = run & ~live
         again = ended & (block.states[self._mine, 0] >= 0)
         self._keep(frame, block.frames[1 - buffer], ~run)

@@ -20,7 +20,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from embodied_rl.errors import UserError
 from embodied_rl.simulators.base import BatchedEnvironment
@@ -57,8 +57,7 @@ class ProtocolError(Exception):
     """The other side sent bytes that are no message of this conversation."""
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     kind: Kind
     sequence: int
     buffer: int = 0
