@@ -8,11 +8,18 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from embodied_rl.errors import SpecError
 from embodied_rl.randomness import RowNoise
 from embodied_rl.specs import ActionSpec, ObservationSpec
 from embodied_rl.types import ActionSample, Observation, Score
 
 Inputs = dict[str, Tensor]
+
+
+def require_continuous(spec: ActionSpec) -> None:
+    """Raise `SpecError` for a simulator of discrete choices; for policies whose actions are continuous."""
+    if spec.choices:
+        raise SpecError(f"the policy gives continuous actions, the simulator takes one of {spec.choices} choices")
 
 
 class Policy(nn.Module, ABC):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import SpecError, UserError
+from embodied_rl.policies.base import require_continuous
 from embodied_rl.specs import ActionSpec, ObservationSpec
 from embodied_rl.types import Array, Observation
 
@@ -82,8 +83,7 @@ class ActionScale(nn.Module):
 
     def __init__(self, spec: ActionSpec) -> None:
         super().__init__()
-        if spec.choices:
-            raise SpecError(f"the policy gives continuous actions, the simulator takes one of {spec.choices} choices")
+        require_continuous(spec)
         low, high = torch.tensor(spec.low), torch.tensor(spec.high)
         if not (torch.isfinite(low).all() and torch.isfinite(high).all() and (low < high).all()):
             raise SpecError(f"the policy needs finite action bounds with low < high, got {spec.low} and {spec.high}")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import embodied_rl
-from embodied_rl.errors import SpecError
 from embodied_rl.policies.mlp import Activation
 from embodied_rl.policies.pi0.config import CAMERAS, Pi0Config
 from embodied_rl.policies.pi0.gemma import GemmaConfig
@@ -54,9 +53,6 @@ class TinyVLAConfig(Pi0Config):
         self, observation_spec: ObservationSpec, action_spec: ActionSpec, tokenizer: Tokenizer | None = None
     ) -> Pi0Policy:
         """As `Pi0Config.build`, for any simulator with a camera and continuous actions."""
-        if action_spec.choices:
-            choices = action_spec.choices
-            raise SpecError(f"tiny_vla gives continuous actions, the simulator takes one of {choices} choices")
         dim = max(self.network.action_dim, observation_spec.state, action_spec.dim)
         fitted = replace(
             self,

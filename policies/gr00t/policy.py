@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import SpecError, UserError
-from embodied_rl.policies.base import Inputs
+from embodied_rl.policies.base import Inputs, require_continuous
 from embodied_rl.policies.flow import FlowSampler, bounded_std
 from embodied_rl.policies.flow_policy import FlowPolicy
 from embodied_rl.policies.gr00t.checkpoint import Checkpoint, describe, save
@@ -44,6 +44,7 @@ class Gr00tPolicy(FlowPolicy):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
+        require_continuous(action_spec)
         head, size, dim = config.network.head, observation_spec.state, action_spec.dim
         if size > head.state_dim or dim > head.action_dim:
             raise SpecError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import SpecError, UserError
-from embodied_rl.policies.base import Inputs, Policy
+from embodied_rl.policies.base import Inputs, Policy, require_continuous
 from embodied_rl.policies.lora import add_lora, linear_layers
 from embodied_rl.policies.normalization import Normaliser, read_statistics
 from embodied_rl.policies.openvla.architecture import Architecture
@@ -57,6 +57,7 @@ class OpenVLAPolicy(Policy):
     ) -> None:
         """`tokenize` replaces the checkpoint's tokenizer."""
         super().__init__()
+        require_continuous(action_spec)
         self.config = config
         self.architecture = architecture
         self.checkpoint = checkpoint

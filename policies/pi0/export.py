@@ -48,7 +48,8 @@ def save(policy: Pi0Policy, folder: Path, layout: str | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if original is None or layout != original.layout:
             WRITERS[layout](policy, folder)
-            _copy_tokenizer(Path(policy.config.tokenizer or policy.config.checkpoint), folder)
+            if source := policy.config.tokenizer or policy.config.checkpoint:
+                _copy_tokenizer(Path(source), folder)
         elif original.folder.resolve() != folder.resolve():
             weights = shutil.ignore_patterns("model*.safetensors*", "heads.safetensors", ".*")
             shutil.copytree(original.folder, folder, ignore=weights, dirs_exist_ok=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import SpecError, UserError
-from embodied_rl.policies.base import Inputs
+from embodied_rl.policies.base import Inputs, require_continuous
 from embodied_rl.policies.flow import FlowSampler, bounded_std
 from embodied_rl.policies.flow_policy import FlowPolicy
 from embodied_rl.policies.mlp import mlp
@@ -49,6 +49,7 @@ class Pi0Policy(FlowPolicy):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
+        require_continuous(action_spec)
         sizes = config.network
         size, dim = observation_spec.state, action_spec.dim
         if max(size, dim) > sizes.action_dim:

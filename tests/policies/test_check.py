@@ -80,7 +80,7 @@ class OtherValueInTraining(FlowMLP):
 class OtherValueInScore(FlowMLP):
     def evaluate_actions(self, inputs, trace):
         score = super().evaluate_actions(inputs, trace)
-        score.value = 2 * score.value
+        score.value = score.value + 1
         return score
 
 
