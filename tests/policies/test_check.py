@@ -80,6 +80,7 @@ class OtherValueInTraining(FlowMLP):
 class OtherValueInScore(FlowMLP):
     def evaluate_actions(self, inputs, trace):
         score = super().evaluate_actions(inputs, trace)
+        assert score.value is not None
         score.value = score.value + 1
         return score
 
