@@ -121,6 +121,9 @@ class Pi0Policy(FlowPolicy):
             inputs["state"] = self._padded(state)
             prompts = [self._prompt(text) for text in texts]
         tokens, mask = pad(prompts, texts, self.config.prompt_length)
+        known = self.config.network.vocabulary
+        if tokens.max(initial=0) >= known:
+            raise UserError(f"the tokenizer gives id {tokens.max()}, the network knows {known}: give its own")
         inputs |= {"tokens": torch.from_numpy(tokens), "token_mask": torch.from_numpy(mask)}
         return {name: value.to(self.device) for name, value in inputs.items()}
 

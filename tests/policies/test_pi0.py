@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +200,13 @@ def test_an_image_that_is_upside_down_is_turned():
 def test_an_instruction_that_is_too_long_is_named():
     policy = build(prompt_length=20)
     with pytest.raises(UserError, match="'pick up the red cube' has 22 tokens, the policy takes 20"):
+        policy.prepare(synthesise(policy.observation_spec))
+
+
+def test_a_tokenizer_of_another_network_is_refused():
+    foreign = SimpleNamespace(bos_token_id=2, encode=lambda text: [257_000])
+    policy = configure().build(SEEN, ACTION, tokenizer=foreign)
+    with pytest.raises(UserError, match=r"the tokenizer gives id 257000, the network knows \d+"):
         policy.prepare(synthesise(policy.observation_spec))
 
 
