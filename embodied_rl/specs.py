@@ -51,7 +51,8 @@ class ObservationSpec:
     state: int = 0
     """S, size of the state vector."""
     state_names: tuple[str, ...] = field(default=(), repr=False)
-    """Name of each number in `state`, e.g. "extra.obj_pose.2"; () when the simulator does not tell."""
+    """Name of each number in `state`, e.g. "extra.obj_pose.2"; () when the simulator does not tell. A policy that names
+    numbers gets these, in its order, from a simulator that has them by name."""
     cameras: Mapping[str, CameraSpec] = field(default_factory=dict)
     privileged: int = 0
     """P, size of the critic-only vector."""
@@ -146,20 +147,26 @@ def connect(
 
 
 def _state_conversions(simulator: ObservationSpec, policy: ObservationSpec, names: list[str]) -> tuple[Convert, ...]:
-    for what in ("state", "privileged"):
-        has, needs = getattr(simulator, what), getattr(policy, what)
+    convert: list[Convert] = []
+    wanted, starts, size = policy.state_names, simulator.quaternion_at, simulator.state
+    if wanted and wanted != simulator.state_names and set(wanted) <= set(simulator.state_names):
+        columns = [simulator.state_names.index(name) for name in wanted]
+        runs = [(columns.index(at), at) for at in starts if at in columns]
+        starts = tuple(new for new, at in runs if columns[new : new + 4] == list(range(at, at + 4)))
+        size = len(columns)
+        names.append(f"pick {size} of {simulator.state} numbers of the state")
+        convert.append(lambda array: array[..., columns])
+    for what, has in (("state", size), ("privileged", simulator.privileged)):
+        needs = getattr(policy, what)
         if needs and needs != has:
             raise _misfit(f"the simulator's {what} has size {has}, the policy needs {needs}", simulator, policy)
-    if policy.quaternion is None or (policy.quaternion, policy.quaternion_at) == (
-        simulator.quaternion,
-        simulator.quaternion_at,
-    ):
-        return ()
-    if simulator.quaternion is None or simulator.quaternion_at != policy.quaternion_at:
+    if policy.quaternion is None or (policy.quaternion, policy.quaternion_at) == (simulator.quaternion, starts):
+        return tuple(convert)
+    if simulator.quaternion is None or starts != policy.quaternion_at:
         raise _misfit("the quaternions in the state are at other places", simulator, policy)
     names.append(f"quaternion {simulator.quaternion}->{policy.quaternion}")
-    starts, to_xyzw = simulator.quaternion_at, policy.quaternion == "xyzw"
-    return (lambda array: reorder_quaternions(array, starts, to_xyzw),)
+    to_xyzw = policy.quaternion == "xyzw"
+    return (*convert, lambda array: reorder_quaternions(array, starts, to_xyzw))
 
 
 def _camera_conversions(

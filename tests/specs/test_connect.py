@@ -53,6 +53,25 @@ def test_what_a_policy_leaves_open_is_not_converted() -> None:
     assert connection.names == []
 
 
+NAMES = (*(f"hand.{i}" for i in range(3)), *(f"object.{i}" for i in range(4)), "gripper")
+
+
+def test_a_policy_gets_the_numbers_that_it_names_in_its_order() -> None:
+    simulator = ObservationSpec(state=8, state_names=NAMES, quaternion="wxyz", quaternion_at=(3,))
+    wanted = ("gripper", "object.0", "object.1", "object.2", "object.3")
+    policy = ObservationSpec(state=5, state_names=wanted, quaternion="xyzw", quaternion_at=(1,))
+    connection = connect(simulator, ARM, policy, ARM)
+    assert connection.names == ["pick 5 of 8 numbers of the state", "quaternion wxyz->xyzw"]
+    emitted = observation(simulator)
+    picked = connection.observation(emitted).state
+    np.testing.assert_array_equal(picked, emitted.state[:, [7, 4, 5, 6, 3]])
+    assert connect(simulator, ARM, replace(simulator, state_names=()), ARM).names == []
+    with pytest.raises(SpecError, match="the quaternions in the state are at other places"):
+        connect(simulator, ARM, replace(policy, state_names=(*wanted[:3], "object.3", "object.2")), ARM)
+    with pytest.raises(SpecError, match="state has size 8, the policy needs 5"):
+        connect(simulator, ARM, replace(policy, state_names=("elbow", *wanted[1:])), ARM)
+
+
 @given(hnp.arrays(np.float32, (3, 12), elements=finite), st.sampled_from([(0,), (3, 8), ()]))
 def test_quaternion_order_round_trip(state: np.ndarray, starts: tuple[int, ...]) -> None:
     there = reorder_quaternions(state, starts, to_xyzw=True)
