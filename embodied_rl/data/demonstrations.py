@@ -17,6 +17,7 @@ import numpy as np
 
 from embodied_rl.errors import UserError
 from embodied_rl.files import write_together
+from embodied_rl.types import Observation
 
 DIGEST = "metadata_sha256"
 """Attribute of our HDF5 files that tells a torn pair of files from a whole one."""
@@ -42,6 +43,8 @@ class DemonstrationEpisode:
     """What the simulator was reset with."""
     images: dict[str, np.ndarray] = field(default_factory=dict)
     """{camera: uint8 [T+1,H,W,3]}."""
+    task: int = 0
+    """Index into the simulator's tasks."""
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -101,17 +104,27 @@ def read(path: Path, task: str | None = None, control_mode: str | None = None) -
     return episodes
 
 
-def chunks(episodes: Sequence[DemonstrationEpisode], horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every start index of every episode, in order: states float32 [M,S], the actions that follow [M,H,A], and
-    valid bool [M,H], False (and action zero) past the episode's end. M is the number of recorded steps."""
+def observations(episodes: Sequence[DemonstrationEpisode], instructions: tuple[str, ...]) -> Observation:
+    """What was seen before every action of every episode, in order: M rows, the number of recorded steps. Cameras that
+    not all episodes have are left out."""
+    task = np.concatenate([np.full(len(episode), episode.task) for episode in episodes])
+    cameras = set.intersection(*(set(episode.images) for episode in episodes))
+    images = {name: np.concatenate([episode.images[name][:-1] for episode in episodes]) for name in sorted(cameras)}
+    masks = {name: np.ones(len(task), bool) for name in images}
+    states = np.concatenate([episode.states[:-1] for episode in episodes])
+    return Observation(images, masks, states, task, task, instructions)
+
+
+def chunks(episodes: Sequence[DemonstrationEpisode], horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    """For every row of `observations` the actions that follow, float32 [M,H,A], and valid bool [M,H], False (and action
+    zero) past the episode's end."""
     actions, valid = [], []
     for episode in episodes:
         padded = np.concatenate([episode.actions, np.zeros((horizon, episode.actions.shape[1]), np.float32)])
         steps = np.arange(len(episode))[:, None] + np.arange(horizon)
         actions.append(padded[steps])
         valid.append(steps < len(episode))
-    states = np.concatenate([episode.states[:-1] for episode in episodes])
-    return states, np.concatenate(actions), np.concatenate(valid)
+    return np.concatenate(actions), np.concatenate(valid)
 
 
 def _metadata(index: int, episode: DemonstrationEpisode, control_mode: str) -> dict[str, Any]:
@@ -120,6 +133,7 @@ def _metadata(index: int, episode: DemonstrationEpisode, control_mode: str) -> d
         "episode_seed": episode.seed,
         "control_mode": control_mode,
         "elapsed_steps": len(episode),
+        "task": episode.task,
         "reset_kwargs": {"options": {}, "seed": episode.seed},
     }
     if episode.success is not None:
@@ -163,6 +177,7 @@ def _read_episode(group: Any, info: dict[str, Any]) -> DemonstrationEpisode:
         truncated=group["truncated"][:].astype(bool),
         seed=int(np.ravel(info["episode_seed"])[0]),
         images=images,
+        task=int(info.get("task", 0)),
     )
     _check(episode, group.name)
     return episode

@@ -14,7 +14,9 @@ from embodied_rl.errors import UserError
 from embodied_rl.randomness import RowNoise
 from embodied_rl.simulators.base import Demonstrator, Simulator
 from embodied_rl.training.streams import Streams
+from embodied_rl.types import Observation
 
+_IMAGE = "image."
 MAX_TRIES = 20
 """Tries per wanted demonstration before giving up on the demonstrator."""
 
@@ -38,7 +40,7 @@ def demonstrate(
         observation = simulator.reset(tickets=tickets)
         demonstrator.reset(np.arange(n), observation.task)
         for row in range(n):
-            rows[row]["states"].append(np.array(observation.state[row]))
+            _remember(rows[row], observation, row)
         step, running = 0, np.ones(n, bool)
         while running.any():
             jitter = RowNoise(seed, tickets, np.full(n, step)).normal(len(low))
@@ -49,12 +51,12 @@ def demonstrate(
             for row in np.flatnonzero(result.lost):  # a dead worker restarted this episode: so do we
                 demonstrator.reset(np.array([row]), result.observation.task[[row]])
                 rows[row].clear()
-                rows[row]["states"].append(np.array(result.observation.state[row]))
+                _remember(rows[row], result.observation, row)
             for row in np.flatnonzero(result.valid[:, 0]):
                 after = result.observation if row not in final else result.final_observation
                 assert after is not None
                 record = rows[row]
-                record["states"].append(np.array(after.state[final.get(row, row)]))
+                _remember(record, after, final.get(int(row), int(row)))
                 record["actions"].append(actions[row])
                 record["rewards"].append(result.reward[row, 0])
                 record["success"].append(result.success is not None and bool(result.success[row, 0]))
@@ -64,15 +66,24 @@ def demonstrate(
             observation, step = result.observation, step + 1
         for row, ticket in enumerate(tickets):
             if any(rows[row]["success"]) and len(found) < episodes:
-                seed_of_episode = streams.state(int(ticket)).seed
+                start = streams.state(int(ticket))
                 arrays: dict[str, Any] = {name: np.stack(values) for name, values in rows[row].items()}
-                found.append(DemonstrationEpisode(**arrays, seed=seed_of_episode))
+                images = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_IMAGE)}
+                images = {name.removeprefix(_IMAGE): frames for name, frames in images.items()}
+                found.append(DemonstrationEpisode(**arrays, seed=start.seed, images=images, task=start.task))
         if len(found) == episodes:
             return found
     raise UserError(
         f"only {len(found)} of {episodes} demonstrations succeeded in {MAX_TRIES * max(episodes, n)} tries: lower "
         f"demonstrations.noise (now {noise}) or give demonstrations.path"
     )
+
+
+def _remember(record: dict[str, list], observation: Observation, row: int) -> None:
+    """Add a copy of what `row` shows."""
+    record["states"].append(np.array(observation.state[row]))
+    for name, frames in observation.images.items():
+        record[_IMAGE + name].append(np.array(frames[row]))
 
 
 def collect(config: RunConfig, path: Path, episodes: int) -> dict[str, int | str]:

@@ -16,12 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OffPolicyAlgorithm, OnPolicyAlgorithm
 from embodied_rl.config import RunConfig, to_dict
-from embodied_rl.data.demonstrations import DemonstrationEpisode, chunks, read, write
+from embodied_rl.data.demonstrations import DemonstrationEpisode, chunks, observations, read, write
 from embodied_rl.errors import UserError
 from embodied_rl.files import write_atomic
 from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
@@ -154,23 +153,32 @@ class Run:
         else:
             with self._phase("collect demonstrations"):
                 episodes = self._collect(path, wanted.episodes, wanted.noise)
-        states, actions, valid = chunks(episodes, self.policy.horizon)
-        if states.shape[1] != self.policy.observation_spec.state:
-            raise UserError(
-                f"demonstrations hold states of {states.shape[1]} numbers, the policy needs "
-                f"{self.policy.observation_spec.state}: record them with the same task and observation mode"
-            )
+        seen = observations(episodes, tuple(task.instruction for task in self.simulator.tasks))
+        self._check_recorded(seen)
+        seen = self.connection.observation(seen)
+        states = seen.state
+        actions, valid = chunks(episodes, self.policy.horizon)
         self.statistics = states.mean(axis=0), states.std(axis=0)
         if self.saved is None:
             self.policy.set_statistics(*self.statistics)
-        rows = np.zeros(len(states), np.int64)
-        texts = tuple(task.instruction for task in self.simulator.tasks)
-        observation = Observation({}, {}, states, rows, rows, texts)
         return {
-            "inputs": self.policy.prepare(observation),
+            "inputs": self.policy.prepare(seen),
             "actions": torch.from_numpy(actions).to(self.policy.device),
             "valid": torch.from_numpy(valid).to(self.policy.device),
         }
+
+    def _check_recorded(self, seen: Observation) -> None:
+        """Demonstrations must show what the simulator shows; raises `UserError`."""
+        spec = self.simulator.observation_spec
+        again = "record them with the same task and observation mode"
+        if seen.state.shape[1] != spec.state:
+            raise UserError(
+                f"demonstrations hold states of {seen.state.shape[1]} numbers, the simulator's {spec.state}: {again}"
+            )
+        if missing := sorted(spec.cameras.keys() - seen.images.keys()):
+            raise UserError(f"demonstrations hold no images of {', '.join(missing)}: {again}")
+        if seen.task.max() >= len(self.simulator.tasks):
+            raise UserError(f"demonstrations are of more tasks than this run's {len(self.simulator.tasks)}: {again}")
 
     def _collect(self, path: Path, episodes: int, noise: float) -> list[DemonstrationEpisode]:
         found = demonstrate(

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied_rl.data.demonstrations import DemonstrationEpisode, chunks, read, write
+from embodied_rl.data.demonstrations import DemonstrationEpisode, chunks, observations, read, write
 from embodied_rl.errors import UserError
 
 
@@ -35,7 +35,7 @@ def episode(steps: int = 5, seed: int = 0, success: bool = True, images: bool = 
 def assert_same(ours: DemonstrationEpisode, theirs: DemonstrationEpisode) -> None:
     for name in ("states", "actions", "rewards", "success", "terminated", "truncated"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), strict=True)
-    assert ours.seed == theirs.seed
+    assert (ours.seed, ours.task) == (theirs.seed, theirs.task)
     assert ours.images.keys() == theirs.images.keys()
     for camera, frames in ours.images.items():
         np.testing.assert_array_equal(frames, theirs.images[camera], strict=True)
@@ -44,10 +44,22 @@ def assert_same(ours: DemonstrationEpisode, theirs: DemonstrationEpisode) -> Non
 @pytest.mark.parametrize("images", [False, True])
 def test_round_trip(tmp_path: Path, images: bool) -> None:
     written = [episode(steps, seed, images=images) for seed, steps in enumerate([3, 1, 12] + [2] * 9)]
+    written[1].task = 4
     write(tmp_path / "demos.h5", written, "PickCube-v1", "pd_ee_delta_pos")
     for ours, theirs in zip(written, read(tmp_path / "demos.h5", "PickCube-v1", "pd_ee_delta_pos"), strict=True):
         assert_same(ours, theirs)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demos.h5", "demos.json"]
+
+
+def test_what_was_seen_before_every_action() -> None:
+    episodes = [episode(3, 1, images=True), episode(2, 2, images=True)]
+    episodes[1].task = 1
+    seen = observations(episodes, ("reach", "push"))
+    assert seen.texts() == ["reach"] * 3 + ["push"] * 2 and seen.task.tolist() == [0, 0, 0, 1, 1]
+    for rows, each in ((slice(0, 3), episodes[0]), (slice(3, 5), episodes[1])):
+        np.testing.assert_array_equal(seen.state[rows], each.states[:-1])
+        np.testing.assert_array_equal(seen.images["base_camera"][rows], each.images["base_camera"][:-1])
+    assert not observations([*episodes, episode(2, 3)], ("reach", "push")).images
 
 
 def test_a_task_without_success_keeps_none(tmp_path: Path) -> None:
@@ -106,7 +118,8 @@ def test_we_read_what_maniskill_records(tmp_path: Path) -> None:
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 6))
 def test_chunks_cover_every_step_and_never_cross_episodes(lengths: list[int], horizon: int) -> None:
     episodes = [episode(steps, seed) for seed, steps in enumerate(lengths)]
-    states, actions, valid = chunks(episodes, horizon)
+    states = observations(episodes, ("reach",)).state
+    actions, valid = chunks(episodes, horizon)
     row = 0
     for e in episodes:
         for start in range(len(e)):
