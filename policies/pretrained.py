@@ -144,3 +144,16 @@ def _shards(weights: Mapping[str, Tensor], shard_bytes: float) -> Iterator[dict[
 def _some(keys: list[str]) -> str:
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return ", ".join(keys[:SHOWN]) + more
+
+
+def load_heads(folder: Path, heads: Mapping[str, nn.Module | None]) -> None:
+    """Weights of `folder`/heads.safetensors for those of `heads` that it has; the others stay new. Raises `UserError`
+    for other sizes."""
+    path = folder / "heads.safetensors"
+    if not path.is_file():
+        return
+    weights = read_weights(folder, "heads")
+    for name, head in heads.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        if head is not None and own:
+            load_strict(head, own, path)

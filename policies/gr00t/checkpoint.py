@@ -118,16 +118,6 @@ class Checkpoint:
         network.eagle.restore_buffers()
         return network
 
-    def load_heads(self, heads: Mapping[str, nn.Module | None]) -> None:
-        """Weights for those of `heads` that the folder has; the others stay new. Raises `UserError` for other sizes."""
-        if not (self.folder / "heads.safetensors").is_file():
-            return
-        weights = read_weights(self.folder, "heads")
-        for name, head in heads.items():
-            own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-            if head is not None and own:
-                load_strict(head, own, self.folder / "heads.safetensors")
-
     def statistics(self, embodiment: str, kind: str, keys: Sequence[str], size: int) -> tuple[dict[str, Any], str]:
         """({"min", "max", ...}, where they are from) of `kind` "state" or "action", the parts `keys` one after the
         other; () = all, as they stand in the file. Raises `UserError` naming the file when it has them not, or for

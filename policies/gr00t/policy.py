@@ -20,6 +20,7 @@ from embodied_rl.policies.gr00t.network import Network, Prefix
 from embodied_rl.policies.gr00t.preprocessing import MinMax, Tokenizer, choose_cameras, load_tokenizer, prompt, see
 from embodied_rl.policies.mlp import mlp
 from embodied_rl.policies.pi0.preprocessing import pad
+from embodied_rl.policies.pretrained import load_heads
 from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
 from embodied_rl.types import Array, Observation
@@ -75,7 +76,7 @@ class Gr00tPolicy(FlowPolicy):
             self.network = Network(config.network)
         else:
             self.network = self.checkpoint.network(config.network, config.horizon)
-            self.checkpoint.load_heads({"value_head": self.value_head, "noise_head": self.noise_head})
+            load_heads(self.checkpoint.folder, {"value_head": self.value_head, "noise_head": self.noise_head})
         if config.dtype != "stored":
             self.network.to(getattr(torch, config.dtype))
         self._fit(size, dim)

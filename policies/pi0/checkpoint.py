@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embodied_rl.errors import UserError
 from embodied_rl.policies.pi0.network import Network, NetworkConfig
@@ -110,16 +110,6 @@ class Checkpoint:
             network = Network(sizes, horizon)
         load_strict(network, from_published(read_weights(self.folder), network.state_dict()), self.folder)
         return network
-
-    def load_heads(self, heads: Mapping[str, nn.Module | None]) -> None:
-        """Weights for those of `heads` that the folder has; the others stay new. Raises `UserError` for other sizes."""
-        if not (self.folder / "heads.safetensors").is_file():
-            return
-        weights = read_weights(self.folder, "heads")
-        for name, head in heads.items():
-            own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-            if head is not None and own:
-                load_strict(head, own, self.folder / "heads.safetensors")
 
     def statistics(self, asset: str | None) -> dict[str, Found]:
         """{"state", "actions"}."""

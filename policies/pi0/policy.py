@@ -27,6 +27,7 @@ from embodied_rl.policies.pi0.preprocessing import (
     pi05_prompt,
     resize_with_pad,
 )
+from embodied_rl.policies.pretrained import load_heads
 from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
 from embodied_rl.types import Array, Observation
@@ -80,7 +81,7 @@ class Pi0Policy(FlowPolicy):
             self.network.initialise()
         else:
             self.network = self.checkpoint.network(sizes, config.horizon)
-            self.checkpoint.load_heads({"value_head": self.value_head, "noise_head": self.noise_head})
+            load_heads(self.checkpoint.folder, {"value_head": self.value_head, "noise_head": self.noise_head})
         if config.dtype != "stored":
             cast(self.network, getattr(torch, config.dtype))
         self._fit(size, dim)
