@@ -6,13 +6,13 @@ conversions that make the first fit the second, or raises `SpecError` with both 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
-from embodied_rl.errors import SpecError
+from embodied_rl.errors import SpecError, unknown
 from embodied_rl.types import Observation
 
 CAMERA_ALIASES: tuple[frozenset[str], ...] = (
@@ -102,6 +102,30 @@ class TaskSpec:
     """Reward kind in use: "sparse", "normalized_dense", ..."""
 
 
+def pick_state(simulator: ObservationSpec, names: Sequence[str]) -> ObservationSpec:
+    """The spec of a policy that sees these numbers of the simulator's state, in this order, and nothing else; () means
+    all of them as they come. A name means a number or all numbers below it: "hand" those from "hand.0" to "hand.2".
+
+    Raises `UserError` for a name that the simulator does not have.
+    """
+    if not names:
+        return ObservationSpec(simulator.state, quaternion=simulator.quaternion, quaternion_at=simulator.quaternion_at)
+    has = simulator.state_names
+    if not has:
+        raise SpecError(f"the simulator does not name the numbers of its state, so none can be chosen: {names[0]}")
+    chosen: list[str] = []
+    for name in names:
+        meant = [each for each in has if each == name or each.startswith(f"{name}.")]
+        if not meant:
+            raise unknown("part of the simulator's state", name, {each.rpartition(".")[0] or each for each in has})
+        chosen += [each for each in meant if each not in chosen]
+    columns = [has.index(name) for name in chosen]
+    runs = [(columns.index(at), at) for at in simulator.quaternion_at if at in columns]
+    starts = tuple(new for new, at in runs if columns[new : new + 4] == list(range(at, at + 4)))
+    order = simulator.quaternion if starts else None
+    return ObservationSpec(len(chosen), tuple(chosen), quaternion=order, quaternion_at=starts)
+
+
 Convert = Callable[[np.ndarray], np.ndarray]
 
 
@@ -150,10 +174,9 @@ def _state_conversions(simulator: ObservationSpec, policy: ObservationSpec, name
     convert: list[Convert] = []
     wanted, starts, size = policy.state_names, simulator.quaternion_at, simulator.state
     if wanted and wanted != simulator.state_names and set(wanted) <= set(simulator.state_names):
-        columns = [simulator.state_names.index(name) for name in wanted]
-        runs = [(columns.index(at), at) for at in starts if at in columns]
-        starts = tuple(new for new, at in runs if columns[new : new + 4] == list(range(at, at + 4)))
-        size = len(columns)
+        picked = pick_state(simulator, wanted)
+        columns = [simulator.state_names.index(name) for name in picked.state_names]
+        starts, size = picked.quaternion_at, picked.state
         names.append(f"pick {size} of {simulator.state} numbers of the state")
         convert.append(lambda array: array[..., columns])
     for what, has in (("state", size), ("privileged", simulator.privileged)):

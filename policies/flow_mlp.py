@@ -23,6 +23,9 @@ from embodied_rl.types import Array, Observation
 class FlowMLPConfig:
     """The flow-matching MLP policy; the sampler's fields are those of `FlowSamplerConfig`."""
 
+    state: tuple[str, ...] = ()
+    """Names of the simulator's state that the policy sees, in its order; "hand" means all of "hand.0", "hand.1", ...;
+    () = the whole state."""
     horizon: int = 4
     """H, predicted actions."""
     chunk: int = 4
@@ -73,7 +76,7 @@ class FlowMLP(FlowPolicy):
 
     def __init__(self, config: FlowMLPConfig, observation_spec: ObservationSpec, action_spec: ActionSpec) -> None:
         super().__init__()
-        self.observation_spec = state_spec("flow_mlp", observation_spec)
+        self.observation_spec = state_spec("flow_mlp", observation_spec, config.state)
         self.action_spec = action_spec
         self.horizon = config.horizon
         self.chunk = config.chunk

@@ -29,6 +29,9 @@ from embodied_rl.types import ActionSample, Array, Observation, Score
 class GaussianMLPConfig:
     """The Gaussian MLP policy."""
 
+    state: tuple[str, ...] = ()
+    """Names of the simulator's state that the policy sees, in its order; "hand" means all of "hand.0", "hand.1", ...;
+    () = the whole state."""
     chunk: int = 1
     """K, executed actions."""
     horizon: int | None = None
@@ -57,7 +60,7 @@ class GaussianMLP(Policy):
 
     def __init__(self, config: GaussianMLPConfig, observation_spec: ObservationSpec, action_spec: ActionSpec) -> None:
         super().__init__()
-        self.observation_spec = state_spec("gaussian_mlp", observation_spec)
+        self.observation_spec = state_spec("gaussian_mlp", observation_spec, config.state)
         self.action_spec = action_spec
         self.chunk = config.chunk
         self.horizon = config.horizon or config.chunk

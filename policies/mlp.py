@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies.base import require_continuous
-from embodied_rl.specs import ActionSpec, ObservationSpec
+from embodied_rl.specs import ActionSpec, ObservationSpec, pick_state
 from embodied_rl.types import Array, Observation
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
@@ -99,13 +99,14 @@ class ActionScale(nn.Module):
         return (actions - self.offset) / self.scale
 
 
-def state_spec(policy: str, spec: ObservationSpec) -> ObservationSpec:
-    """What a policy that reads only the state needs of a simulator's `spec`; raises `SpecError` without a state."""
+def state_spec(policy: str, spec: ObservationSpec, names: Sequence[str]) -> ObservationSpec:
+    """What a policy that reads only `names` of the state (see `pick_state`) needs of a simulator's `spec`; raises
+    `SpecError` without a state."""
     if spec.state < 1:
         raise SpecError(
             f"policy '{policy}' reads the state, but the simulator emits none; pick another observation mode"
         )
-    return ObservationSpec(state=spec.state, quaternion=spec.quaternion, quaternion_at=spec.quaternion_at)
+    return pick_state(spec, names)
 
 
 def prepare_state(observation: Observation, device: torch.device) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from embodied_rl.policies.pi0.config import CAMERAS, Pi0Config
 from embodied_rl.policies.pi0.gemma import GemmaConfig
 from embodied_rl.policies.pi0.network import NetworkConfig
 from embodied_rl.policies.pi0.siglip import SiglipConfig
-from embodied_rl.specs import ActionSpec, ObservationSpec
+from embodied_rl.specs import ActionSpec, ObservationSpec, pick_state
 
 if TYPE_CHECKING:
     from embodied_rl.policies.pi0.policy import Pi0Policy
@@ -53,7 +53,8 @@ class TinyVLAConfig(Pi0Config):
         self, observation_spec: ObservationSpec, action_spec: ActionSpec, tokenizer: Tokenizer | None = None
     ) -> Pi0Policy:
         """As `Pi0Config.build`, for any simulator with a camera and continuous actions."""
-        dim = max(self.network.action_dim, observation_spec.state, action_spec.dim)
+        seen = pick_state(observation_spec, self.state)
+        dim = max(self.network.action_dim, seen.state, action_spec.dim)
         fitted = replace(
             self,
             network=replace(self.network, action_dim=dim),

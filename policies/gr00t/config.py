@@ -47,6 +47,9 @@ class Gr00tConfig:
     prompt_length: int = 570
     """Tokens that every prompt is padded to, images' tokens (256 each) included. The action head sees the padding, as
     in the reference: train and evaluate with the same length."""
+    state: tuple[str, ...] = ()
+    """Names of the simulator's state that the policy sees, in its order; "hand" means all of "hand.0", "hand.1", ...;
+    () = the whole state."""
     horizon: int = 16
     """H, predicted actions."""
     chunk: int = 8

@@ -22,7 +22,7 @@ from embodied_rl.policies.mlp import mlp
 from embodied_rl.policies.pi0.preprocessing import pad
 from embodied_rl.policies.pretrained import load_heads
 from embodied_rl.policies.value_head import ValueHead
-from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
+from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, pick_state
 from embodied_rl.types import Array, Observation
 
 SPREAD = 3.0
@@ -46,7 +46,8 @@ class Gr00tPolicy(FlowPolicy):
     ) -> None:
         super().__init__()
         require_continuous(action_spec)
-        head, size, dim = config.network.head, observation_spec.state, action_spec.dim
+        state = pick_state(observation_spec, config.state)
+        head, size, dim = config.network.head, state.state, action_spec.dim
         if size > head.state_dim or dim > head.action_dim:
             raise SpecError(
                 f"gr00t takes {head.state_dim} states and {head.action_dim} actions at most, not {size} and {dim}"
@@ -54,12 +55,8 @@ class Gr00tPolicy(FlowPolicy):
         self.config = config
         self.cameras = choose_cameras(observation_spec, config.cameras)
         seen = {name: observation_spec.cameras[name] for name in self.cameras}
-        self.observation_spec = ObservationSpec(
-            state=size,
-            cameras={name: CameraSpec(camera.height, camera.width) for name, camera in seen.items()},
-            quaternion=observation_spec.quaternion,
-            quaternion_at=observation_spec.quaternion_at,
-        )
+        views = {name: CameraSpec(camera.height, camera.width) for name, camera in seen.items()}
+        self.observation_spec = replace(state, cameras=views)
         self.action_spec = _unit_gripper(action_spec) if config.unit_gripper else action_spec
         self.embodiment = EMBODIMENTS[config.embodiment]
         self.horizon, self.chunk, self.width = config.horizon, config.chunk, head.action_dim

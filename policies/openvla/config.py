@@ -115,6 +115,9 @@ class OpenVLAOFTConfig(OpenVLAConfig):
 
     size: str = "openvla-oft-7b-discrete"
     """Without a checkpoint: a name in `architecture.SIZES`."""
+    state: tuple[str, ...] = ()
+    """Names of the simulator's state that a network with proprioception sees, in its order; "hand" means all of
+    "hand.0", "hand.1", ...; () = the whole state."""
     horizon: int = 8
     """H, actions predicted at once: 8 in LIBERO, 25 in ALOHA."""
     chunk: int | None = None

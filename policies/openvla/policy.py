@@ -23,7 +23,7 @@ from embodied_rl.policies.openvla.heads import token_value_head
 from embodied_rl.policies.openvla.network import OpenVLANetwork
 from embodied_rl.policies.openvla.preprocessing import ImageProcessor, Preprocessing
 from embodied_rl.policies.openvla.prompts import Prompts, Tokenize, llama_bytes, local_tokenizer
-from embodied_rl.specs import CAMERA_ALIASES, ActionSpec, CameraSpec, ObservationSpec
+from embodied_rl.specs import CAMERA_ALIASES, ActionSpec, CameraSpec, ObservationSpec, pick_state
 from embodied_rl.types import Observation
 
 GROUP_OF = {
@@ -62,7 +62,7 @@ class OpenVLAPolicy(Policy):
         self.architecture = architecture
         self.checkpoint = checkpoint
         self.horizon, self.chunk = architecture.horizon, config.executed
-        self.observation_spec = _observation_spec(config.cameras, architecture.proprio_dim, observation_spec)
+        self.observation_spec = _observation_spec(config, architecture.proprio_dim, observation_spec)
         self.action_normaliser = Normaliser(config.convention, architecture.action_dim)
         self.state_normaliser = Normaliser(config.convention, architecture.proprio_dim)
         if checkpoint is not None:
@@ -202,12 +202,15 @@ class OpenVLAPolicy(Policy):
         return replace(spec, low=tuple(low), high=tuple(high), hold=tuple(hold), gripper_open=1, control="")
 
 
-def _observation_spec(cameras: tuple[str, ...], state: int, simulator: ObservationSpec) -> ObservationSpec:
+def _observation_spec(config: OpenVLAConfig, state: int, simulator: ObservationSpec) -> ObservationSpec:
     """Images at the simulator's own size, upright: the published preprocessing does the rest."""
-    views = {name: _view(name, simulator) for name in cameras}
-    return ObservationSpec(
-        state=state, cameras={name: CameraSpec(view.height, view.width) for name, view in views.items()}
-    )
+    views = {name: _view(name, simulator) for name in config.cameras}
+    cameras = {name: CameraSpec(view.height, view.width) for name, view in views.items()}
+    chosen = config.state if isinstance(config, OpenVLAOFTConfig) else ()
+    names = pick_state(simulator, chosen).state_names
+    if chosen and len(names) != state:
+        raise SpecError(f"the network's state has {state} numbers, the policy's setting state names {len(names)}")
+    return ObservationSpec(state, names, cameras)
 
 
 def _view(name: str, simulator: ObservationSpec) -> CameraSpec:

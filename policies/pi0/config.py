@@ -58,6 +58,9 @@ class Pi0Config:
     cameras: dict[str, str] = field(default_factory=dict)
     """{network's camera: simulator's camera} where the names do not tell; the network's are base_0_rgb,
     left_wrist_0_rgb and right_wrist_0_rgb."""
+    state: tuple[str, ...] = ()
+    """Names of the simulator's state that the policy sees, in its order; "hand" means all of "hand.0", "hand.1", ...;
+    () = the whole state."""
     horizon: int = 50
     """H, predicted actions."""
     chunk: int = 10

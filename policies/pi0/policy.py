@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from embodied_rl.policies.pi0.preprocessing import (
 )
 from embodied_rl.policies.pretrained import load_heads
 from embodied_rl.policies.value_head import ValueHead
-from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
+from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, pick_state
 from embodied_rl.types import Array, Observation
 
 QUANTILE_99 = 2.3263
@@ -52,18 +53,15 @@ class Pi0Policy(FlowPolicy):
         super().__init__()
         require_continuous(action_spec)
         sizes = config.network
-        size, dim = observation_spec.state, action_spec.dim
+        state = pick_state(observation_spec, config.state)
+        size, dim = state.state, action_spec.dim
         if max(size, dim) > sizes.action_dim:
             raise SpecError(f"{config.name} takes {sizes.action_dim} states and actions at most, not {size} and {dim}")
         self.config = config
         self.views = find_views(observation_spec, CAMERAS, config.cameras)
         seen = {name: observation_spec.cameras[name] for name in self.views.values()}
-        self.observation_spec = ObservationSpec(
-            state=size,
-            cameras={name: CameraSpec(camera.height, camera.width) for name, camera in seen.items()},
-            quaternion=observation_spec.quaternion,
-            quaternion_at=observation_spec.quaternion_at,
-        )
+        views = {name: CameraSpec(camera.height, camera.width) for name, camera in seen.items()}
+        self.observation_spec = replace(state, cameras=views)
         self.action_spec = action_spec
         self.horizon, self.chunk, self.width = config.horizon, config.chunk, sizes.action_dim
         self.sampler = FlowSampler(config.sampler(), config.chunk, dim)

@@ -49,11 +49,11 @@ def autoregressive(**settings):
     return AutoregressivePolicy(OpenVLAConfig(**SMALL | settings), TINY, None, OBSERVATION, ACTION)
 
 
-def parallel(kind=ParallelPolicy, sizes=None, **settings):
+def parallel(kind=ParallelPolicy, sizes=None, seen=OBSERVATION, **settings):
     torch.manual_seed(0)
     config = OpenVLAOFTConfig(**SMALL | {"horizon": 2} | settings)
     architecture = replace(TINY, horizon=2, **sizes or {})
-    return kind(config, architecture, None, OBSERVATION, ACTION)
+    return kind(config, architecture, None, seen, ACTION)
 
 
 def regression(**settings):
