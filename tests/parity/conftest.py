@@ -1,4 +1,4 @@
-"""Makes `openvla_case` importable for the tests here."""
+"""Makes `cases` and `openvla_case` importable for the tests here."""
 
 import sys
 from pathlib import Path

@@ -1,30 +1,15 @@
 """Advantages, losses and critics, number by number against the libraries named in the fixtures' README."""
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from cases import arrays, load
 
 from embodied_rl.algorithms.advantages import gae, gae_tokens, normalize
 from embodied_rl.algorithms.critic import CriticEnsemble, polyak
 from embodied_rl.algorithms.losses import aggregate, kl_estimate, policy_loss, segment_sums, value_loss
-
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "algorithms"
-
-
-def load(name: str) -> dict[str, Any]:
-    """Arrays as tensors, numbers as Python numbers."""
-    with np.load(FIXTURES / f"{name}.npz") as data:
-        return {key: data[key].item() if data[key].ndim == 0 else torch.from_numpy(data[key]) for key in data.files}
-
-
-def names(prefix: str) -> list[str]:
-    found = sorted(path.stem for path in FIXTURES.glob(f"{prefix}*.npz"))
-    assert found, f"no fixture {prefix}*"
-    return found
 
 
 def close(actual: Any, expected: Any) -> None:
@@ -37,8 +22,9 @@ def leaf(x: torch.Tensor) -> torch.Tensor:
     return x.clone().requires_grad_()
 
 
-def test_gae_of_stable_baselines3_and_cleanrl():
-    d = load("gae_sb3_cleanrl")
+@pytest.mark.parametrize("file", arrays("gae_sb3_cleanrl"))
+def test_gae_of_stable_baselines3_and_cleanrl(file):
+    d = load(file)
     advantages, returns = gae(
         d["rewards"],
         d["values"],
@@ -54,11 +40,11 @@ def test_gae_of_stable_baselines3_and_cleanrl():
         close(returns, d["returns" + library])
 
 
-@pytest.mark.parametrize("level", ["action_level", "chunk_level"])
-def test_gae_of_rlinf(level):
-    d = load(f"gae_rlinf_{level}")
+@pytest.mark.parametrize("file", arrays("gae_rlinf_*_level"))
+def test_gae_of_rlinf(file):
+    d = load(file)
     reward, done, mask, value = d["rewards"], d["dones"], d["loss_mask"], d["values"]
-    if level == "chunk_level":
+    if "chunk_level" in file.stem:
         reward = reward.sum(-1, keepdim=True)
         done, mask = done.any(-1, keepdim=True), mask.any(-1, keepdim=True)
     steps, rows, width = reward.shape
@@ -81,22 +67,23 @@ def test_gae_of_rlinf(level):
     close(normalize(back(advantages), mask, eps=1e-5), d["advantages"])
 
 
-def test_gae_over_tokens_of_verl():
-    d = load("gae_token_verl")
+@pytest.mark.parametrize("file", arrays("gae_token_verl"))
+def test_gae_over_tokens_of_verl(file):
+    d = load(file)
     mask = d["mask"].bool()
     advantages, returns = gae_tokens(d["rewards"], d["values"], mask, d["gamma"], d["lam"])
     close(returns, d["returns"])
     close(normalize(advantages, mask), d["advantages_whitened"])
 
 
-@pytest.mark.parametrize("name", names("ppo_cleanrl"))
-def test_ppo_of_cleanrl(name):
-    d = load(name)
+@pytest.mark.parametrize("file", arrays("ppo_cleanrl_*"))
+def test_ppo_of_cleanrl(file):
+    d = load(file)
     log_prob, value = leaf(d["logprob"]), leaf(d["values"])
-    advantages = normalize(d["advantages"]) if "norm1" in name else d["advantages"]
+    advantages = normalize(d["advantages"]) if "norm1" in file.stem else d["advantages"]
     mask = torch.ones_like(log_prob, dtype=torch.bool)
     losses, _ = policy_loss(log_prob, d["old_logprob"], advantages, mask, d["clip"], d["clip"])
-    critic = value_loss(value, d["old_values"], d["returns"], d["clip"] if "vclip1" in name else None).mean()
+    critic = value_loss(value, d["old_values"], d["returns"], d["clip"] if "vclip1" in file.stem else None).mean()
     loss = aggregate(losses, mask) - d["ent_coef"] * d["entropy"].mean() + d["vf_coef"] * critic
     loss.backward()
     close(aggregate(losses, mask).detach(), d["pg_loss"])
@@ -107,9 +94,9 @@ def test_ppo_of_cleanrl(name):
     close(value.grad, d["grad_values"])
 
 
-@pytest.mark.parametrize("name", [name for name in names("ppo_rlinf") if "chunk" not in name])
-def test_ppo_of_rlinf(name):
-    d = load(name)
+@pytest.mark.parametrize("file", arrays("ppo_rlinf_c[!h]*"))
+def test_ppo_of_rlinf(file):
+    d = load(file)
     log_prob, value, mask = leaf(d["logprob"]), leaf(d["values"]), d["loss_mask"]
     dual_clip = None if math.isnan(d["dual_clip"]) else d["dual_clip"]
     losses, clipped = policy_loss(
@@ -126,9 +113,9 @@ def test_ppo_of_rlinf(name):
     close(value.grad, d["grad_values"])
 
 
-@pytest.mark.parametrize("granularity", ["token", "action", "chunk"])
-def test_granularities_of_rlinf(granularity):
-    d = load(f"ppo_rlinf_chunk_{granularity}_level")
+@pytest.mark.parametrize("file", arrays("ppo_rlinf_chunk_*_level"))
+def test_granularities_of_rlinf(file):
+    d, granularity = load(file), file.stem.split("_")[3]
     log_prob, advantages, mask = leaf(d["logprob"]), d["advantages"], d["loss_mask"]
     chunk, dim = d["num_chunks"], d["action_dim"]
     terms = torch.ones_like(d["logprob"], dtype=torch.bool)
@@ -145,9 +132,9 @@ def test_granularities_of_rlinf(granularity):
     close(log_prob.grad, d["grad_logprob"])
 
 
-@pytest.mark.parametrize("over", ["rows", "terms"])
-def test_ppo_of_openrlhf(over):
-    d = load(f"ppo_openrlhf_token{int(over == 'terms')}")
+@pytest.mark.parametrize("file", arrays("ppo_openrlhf_token[01]"))
+def test_ppo_of_openrlhf(file):
+    d, over = load(file), "terms" if file.stem.endswith("1") else "rows"
     log_prob, mask = leaf(d["logprob"]), d["mask"].bool()
     losses, clipped = policy_loss(
         log_prob, d["old_logprob"], d["advantages"], mask, d["clip_low"], d["clip_high"], d["dual_clip"]
@@ -164,8 +151,9 @@ def test_ppo_of_openrlhf(over):
 
 
 @pytest.mark.parametrize("kind", ["k1", "abs", "k2", "k3"])
-def test_kl_estimators_of_verl(kind):
-    d = load("kl_estimators")
+@pytest.mark.parametrize("file", arrays("kl_estimators"))
+def test_kl_estimators_of_verl(file, kind):
+    d = load(file)
     close(kl_estimate(d["logprob"], d["ref_logprob"], kind), d[kind])
 
 
@@ -185,8 +173,9 @@ def rlpd_ensemble(d: dict[str, Any], prefix: str) -> tuple[CriticEnsemble, list[
     return critic, parameters
 
 
-def test_critic_ensemble_of_rlpd():
-    d = load("rlpd_critic")
+@pytest.mark.parametrize("file", arrays("rlpd_critic"))
+def test_critic_ensemble_of_rlpd(file):
+    d = load(file)
     critic, parameters = rlpd_ensemble(d, "params")
     target, _ = rlpd_ensemble(d, "target_params")
     next_q = target(torch.cat([d["next_obs"], d["next_actions"]], 1))[d["subset"].long()]
