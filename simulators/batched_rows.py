@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from embodied_rl.simulators.base import BatchedEnvironment
-from embodied_rl.simulators.chunk import Frame, initial_state, write_frame
+from embodied_rl.simulators.chunk import Frame, Steps, initial_state, write_frame
 from embodied_rl.simulators.rows import Block
 from embodied_rl.simulators.shared_arrays import map_arrays
 
@@ -41,30 +41,26 @@ class BatchedRows:
         # A copy: an environment may keep or change what it is given.
         actions = block.actions[self._mine, :chunk].copy()
         steps = block.steps[buffer][self._mine, :chunk]
-        steps.clear()
         run = block.run[self._mine].copy()
-        live = run.copy()
+        live, running = run.copy(), np.count_nonzero(run)
+        if not running:
+            steps.clear()
         before: Frame = block.frames[1 - buffer]
         for k in range(chunk):
-            ended = np.zeros_like(live)
-            if live.any():
-                todo = actions[:, k] if live.all() else np.where(live[:, None], actions[:, k], self._hold)
-                reward, terminated, truncated, success = self._environment.step(todo)
-                steps.valid[:, k] = live
-                steps.reward[:, k] = np.where(live, reward, 0)
-                steps.terminated[:, k] = live & terminated
-                steps.truncated[:, k] = live & truncated & ~np.asarray(terminated)
-                steps.success[:, k] = False if success is None else live & success
-                ended = steps.terminated[:, k] | steps.truncated[:, k]
-                # Taken before anything moves the rows that ended.
+            ended = self._step(actions[:, k], steps[:, k], live, running) if running else np.zeros_like(live)
+            count = np.count_nonzero(ended)
+            if count:  # taken before anything moves the rows that ended
                 self._observe(block.final, ended)
             if every:
                 current = {name: array[k] for name, array in block.every.items()}
                 self._observe(current, live)
                 self._keep(current, before, ~live)
                 before = current
-            live &= ~ended
-        if live.all():
+            if count:
+                live &= ~ended
+                running -= count
+                steps[:, k + 1 :].clear()
+        if running == len(live):
             self._observe(frame, live)
             return
         ended = run & ~live
@@ -76,6 +72,19 @@ class BatchedRows:
 
     def close(self) -> None:
         self._environment.close()
+
+    def _step(self, actions: np.ndarray, steps: Steps, live: np.ndarray, running: int) -> np.ndarray:
+        """Execute one action [n,A] in the `running` rows that are `live`; returns the rows that ended, bool [n]."""
+        whole = running == len(live)
+        todo = actions if whole else np.where(live[:, None], actions, self._hold)
+        reward, terminated, truncated, success = self._environment.step(todo)
+        steps.valid[:] = live
+        steps.reward[:] = reward if whole else np.where(live, reward, 0)
+        ended = live & (terminated | truncated)
+        steps.terminated[:] = terminated & ended
+        steps.truncated[:] = ended & ~steps.terminated
+        steps.success[:] = False if success is None else live & success
+        return ended
 
     def _restart(self, frame: Frame, which: np.ndarray) -> None:
         rows = np.flatnonzero(which)

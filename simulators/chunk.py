@@ -120,13 +120,18 @@ class Ledger:
         self._has_success = any(task.has_success for task in tasks)
         self._schedule = schedule
         self._lookup = functools.lru_cache(maxsize=4 * num_envs + 64)(self._state)
+        self._asked, self._answer = b"", np.zeros((0, 3), np.int64)
         self._length = np.zeros(num_envs, np.int64)
         self._return = np.zeros(num_envs)
         self._success = np.zeros(num_envs, bool)
 
     def scheduled(self, tickets: np.ndarray) -> np.ndarray:
         """int64 [M,3] initial states of `tickets` [M]; the task of `WAIT` is -1."""
-        return np.array([self._lookup(ticket) for ticket in tickets.tolist()], np.int64).reshape(-1, 3)
+        asked = tickets.tobytes()
+        if asked != self._asked:  # the same are asked for chunk after chunk
+            states = np.array([self._lookup(ticket) for ticket in tickets.tolist()], np.int64).reshape(-1, 3)
+            self._asked, self._answer = asked, states
+        return self._answer
 
     def start(self, rows: np.ndarray, tickets: np.ndarray, states: np.ndarray) -> None:
         """Open the accounts of new episodes in `rows`; `WAIT` closes them."""
@@ -155,28 +160,34 @@ class Ledger:
         self,
         steps: Steps,
         next_tickets: np.ndarray,
-        frame: Frame,
+        observation: Observation,
         final: Frame,
         lost: np.ndarray,
         intermediate: list[Frame] | None,
     ) -> ChunkResult:
-        """Book a chunk. `frame` [N,...] is acted on next, `final` [N,...] holds the final observations in their rows,
-        `intermediate` K frames. Rows that are `lost` start again from their own ticket."""
-        self._length += steps.valid.sum(1)
-        # Added one by one, so that a return does not depend on how its episode was cut into chunks.
-        earned = np.concatenate([self._return[:, None], steps.reward], axis=1)
-        self._return = np.add.accumulate(earned, axis=1)[:, -1]
-        self._success |= steps.success.any(1)
-        rows = np.flatnonzero((steps.terminated | steps.truncated).any(1))
+        """Book a chunk. `observation` of all rows is acted on next and hears of new tasks, `final` [N,...] holds the
+        final observations in their rows, `intermediate` K frames. Rows that are `lost` start again from their own
+        ticket."""
+        # Column by column, so that a return does not depend on how its episode was cut into chunks.
+        for k in range(steps.valid.shape[1]):
+            self._length += steps.valid[:, k]
+            self._return += steps.reward[:, k]
+        if self._has_success:
+            self._success |= steps.success.any(1)
+        if np.count_nonzero(steps.terminated) or np.count_nonzero(steps.truncated):
+            rows = np.flatnonzero((steps.terminated | steps.truncated).any(1))
+        else:
+            rows = np.zeros(0, np.int64)
         episodes = [self._episode(int(row), steps[row]) for row in rows]
         final_observation = self.observation({k: v[rows] for k, v in final.items()}, rows) if len(rows) else None
         frames = None if intermediate is None else [self.observation(each) for each in intermediate]
-        if lost.any():
+        if np.count_nonzero(lost):
             self.start(np.flatnonzero(lost), self.tickets[lost], self.states[lost])
         if len(rows):
             self.start(rows, next_tickets[rows], self.scheduled(next_tickets[rows]))
+            observation.task[:] = observation.instruction_id[:] = self.states[:, 0]
         return ChunkResult(
-            observation=self.observation(frame),
+            observation=observation,
             reward=steps.reward,
             terminated=steps.terminated,
             truncated=steps.truncated,
@@ -315,7 +326,8 @@ class BatchedSimulator(Simulator):
         for name, array in self._frames[0].items():
             array[stays] = self._final[name][stays]
         lost = np.zeros(self.num_envs, bool)
-        return self._ledger.close_chunk(steps, next_tickets, self._frames[0], self._final, lost, intermediate)
+        observation = self._ledger.observation(self._frames[0])
+        return self._ledger.close_chunk(steps, next_tickets, observation, self._final, lost, intermediate)
 
     def close(self) -> None:
         if self._environment is not None:

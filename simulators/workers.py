@@ -142,10 +142,12 @@ class WorkerSimulator(Simulator):
         self._check_open()
         if self._in_flight is None:
             raise RuntimeError("receive without send")
-        dead = self._collect(self._workers)
-        (chunk, next_tickets, every), self._in_flight = self._in_flight, None
+        # What can be prepared is, while the workers run.
+        chunk, next_tickets, every = self._in_flight
         steps, frame = self._block.steps[self._buffer][:, :chunk], self._block.frames[self._buffer]
-        lost = self._robbed.copy()
+        observation, lost = self._ledger.observation(frame), self._robbed.copy()
+        dead = self._collect(self._workers)
+        self._in_flight = None
         self._robbed[:] = False
         for worker in dead:
             steps[worker.rows].clear()
@@ -153,7 +155,7 @@ class WorkerSimulator(Simulator):
         intermediate: list[Frame] | None = None
         if every:
             intermediate = [{name: array[k] for name, array in self._block.every.items()} for k in range(chunk)]
-        result = self._ledger.close_chunk(steps, next_tickets, frame, self._block.final, lost, intermediate)
+        result = self._ledger.close_chunk(steps, next_tickets, observation, self._block.final, lost, intermediate)
         self._replace(dead)
         for worker in dead:
             for name, array in self._block.every.items() if every else ():

@@ -165,17 +165,9 @@ def make(
 
 def observation_spec(env: Any, observation: str, image_size: int) -> ObservationSpec:
     """The specification of what `to_numpy` returns."""
-    import gymnasium
-
-    space = env.single_observation_space
-    if observation == "state":
-        parts = env._get_obs_state_dict(env.get_info())
-        return ObservationSpec(state=space.shape[0], state_names=tuple(state_names(parts, env.num_envs)))
-    cameras = {name: CameraSpec(image_size, image_size) for name in space["sensor_data"]}
-    if observation == "state+rgb":
-        return ObservationSpec(state=space["state"].shape[0], cameras=cameras)
-    size = sum(gymnasium.spaces.flatdim(space[name]) for name in ("agent", "extra") if name in space.spaces)
-    return ObservationSpec(state=size, cameras=cameras)
+    names = tuple(state_names(env._get_obs_state_dict(env.get_info()), env.num_envs))
+    views = () if observation == "state" else env.single_observation_space["sensor_data"]
+    return ObservationSpec(len(names), names, {name: CameraSpec(image_size, image_size) for name in views})
 
 
 def state_names(parts: Mapping[str, Any], num_envs: int, prefix: str = "") -> Iterator[str]:
