@@ -33,7 +33,8 @@ def adam(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         raise UserError("nothing to train: the policy has no unfrozen parameter of the kind this algorithm improves")
-    return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    fused = not trained[0].is_meta  # where there are no numbers there is no kernel
+    return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=fused)
 
 
 def backward(loss: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
