@@ -113,8 +113,12 @@ for observation, size in (("rgb", 29), ("state+rgb", 42)):
     env = ManiSkillEnvironment("PickCube-v1", observation=observation, image_size=64)
     camera = env.observation_spec.cameras["base_camera"]
     assert (env.observation_spec.state, camera.height, camera.width) == (size, 64, 64)
+    names = env.observation_spec.state_names
+    assert len(names) == size and names[:9] == tuple(f"agent.qpos.{i}" for i in range(9))
     env.reset(InitialState(0, 1))
     first = env.observe()
+    tip = env.env.agent.tcp.pose.raw_pose[0].numpy()
+    assert (first["state"][names.index("extra.tcp_pose.0") :][:7] == tip).all()
     assert {k: (v.shape, v.dtype.name) for k, v in first.items()} == {
         "state": ((size,), "float32"), "image.base_camera": ((64, 64, 3), "uint8")
     }
