@@ -21,6 +21,7 @@ CAMERA_ALIASES: tuple[frozenset[str], ...] = (
             "base_camera",
             "agentview",
             "agentview_image",
+            "table_cam",
             "corner2",
             "primary",
             "third_person",
@@ -29,7 +30,9 @@ CAMERA_ALIASES: tuple[frozenset[str], ...] = (
             "base_0_rgb",
         }
     ),
-    frozenset({"hand_camera", "robot0_eye_in_hand", "wrist", "wrist_image", "eye_in_hand", "left_wrist_0_rgb"}),
+    frozenset(
+        {"hand_camera", "wrist_cam", "robot0_eye_in_hand", "wrist", "wrist_image", "eye_in_hand", "left_wrist_0_rgb"}
+    ),
 )
 """Names the field uses for the same view; a policy's camera takes the simulator's of the same group."""
 
