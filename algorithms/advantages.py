@@ -76,6 +76,42 @@ def gae_tokens(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, gae_la
     return advantages, advantages + value
 
 
+def group_advantages(score: Tensor, group: Tensor, by_std: bool = True, eps: float = 1e-6) -> Tensor:
+    """(s - mean) / (std + eps) [E] with the mean and the unbiased std of the episode's own `group` (integers [E]):
+    GRPO (arXiv 2402.03300); without `by_std` only s - mean (Dr. GRPO, arXiv 2503.20783). A group of one gets 0."""
+    mean, std = group_statistics(score, group)
+    return (score - mean) / (std + eps) if by_std else score - mean
+
+
+def group_statistics(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, unbiased std) [E] of `score` [E] within each member's `group` [E]."""
+    index, count = group.unique(return_inverse=True, return_counts=True)[1:]
+    count = count.to(score.dtype)
+
+    def total(x: Tensor) -> Tensor:
+        return torch.zeros_like(count).index_add(0, index, x)
+
+    mean = (total(score) / count)[index]
+    variance = total((score - mean).square()) / (count - 1).clamp(min=1)
+    return mean, variance.sqrt()[index]
+
+
+def returns_to_go(reward: Tensor, gamma: float) -> Tensor:
+    """sum over t' >= t of gamma^(t' - t) r_t' of each row of `reward` [S,L], which is 0 after its end."""
+    returns = torch.empty_like(reward)
+    running = torch.zeros_like(reward[:, 0])
+    for t in reversed(range(reward.shape[1])):
+        running = reward[:, t] + gamma * running
+        returns[:, t] = running
+    return returns
+
+
+def overlong_penalty(length: Tensor, limit: int, buffer: int, penalty: float) -> Tensor:
+    """DAPO's penalty of long episodes (arXiv 2503.14476): 0 up to `limit` - `buffer` steps, then falling linearly, to
+    -`penalty` at `limit`."""
+    return -penalty * ((length - (limit - buffer)) / buffer).clamp(min=0)
+
+
 def normalize(x: Tensor, mask: Tensor | None = None, eps: float = 1e-8) -> Tensor:
     """(x - mean) / (std + eps), mean and unbiased std over the entries where `mask` is True, applied to all."""
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask

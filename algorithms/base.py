@@ -1,20 +1,22 @@
 """The contract of an algorithm: it owns its hyper-parameters, masks, granularity, losses and optimizers, receives a
 typed batch and improves the policy.
 
-Three families, one per workflow: `OnPolicyAlgorithm` learns from trajectory segments, `OffPolicyAlgorithm` from a
-replay buffer, `ImitationAlgorithm` from demonstrations.
+Four families, one per workflow: `OnPolicyAlgorithm` learns from trajectory segments, `EpisodicAlgorithm` from groups of
+whole episodes, `OffPolicyAlgorithm` from a replay buffer, `ImitationAlgorithm` from demonstrations.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from embodied_rl.randomness import RowNoise
-from embodied_rl.types import ActionSample, Trajectory
+from embodied_rl.types import ActionSample, Episode, EpisodeBatch, Trajectory
 
 Metrics = dict[str, float]
 
@@ -42,9 +44,32 @@ class Algorithm(ABC):
 
 
 class OnPolicyAlgorithm(Algorithm):
+    staleness: int = 0
+    """Updates by which the weights that collected a segment may be behind."""
+
     @abstractmethod
     def learn(self, trajectory: Trajectory, generator: torch.Generator) -> Metrics:
         """Improve the policy from one segment; `generator` (CPU) is the only source of shuffling."""
+
+
+class EpisodicAlgorithm(Algorithm):
+    """Tickets g*G to g*G+G-1 are the group g: G episodes from one initial state (`GroupSchedule`)."""
+
+    staleness: int = 0
+    """Updates by which the weights that collected a batch may be behind."""
+    group_size: int
+    """G."""
+    groups_per_iteration: int
+    further_groups: int = 0
+    """Groups that an iteration may collect in place of those that `informative` refuses."""
+
+    def informative(self, episodes: Sequence[Episode]) -> np.ndarray:
+        """bool [E]: which of these whole groups to learn from; the members of a group are all True or all False."""
+        return np.ones(len(episodes), dtype=bool)
+
+    @abstractmethod
+    def learn(self, batch: EpisodeBatch, generator: torch.Generator) -> Metrics:
+        """Improve the policy from whole groups; `generator` (CPU) is the only source of shuffling."""
 
 
 class OffPolicyAlgorithm(Algorithm):

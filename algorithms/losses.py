@@ -41,16 +41,16 @@ def segment_sums(
 
 
 def aggregate(
-    x: Tensor, mask: Tensor, over: Literal["terms", "rows"] = "terms", denominator: Tensor | None = None
+    x: Tensor, mask: Tensor, over: Literal["terms", "rows"] = "terms", weight: Tensor | None = None
 ) -> Tensor:
-    """Masked mean []: "terms" weighs every True entry of `mask` [B,M] alike (their number can be replaced by
-    `denominator`), "rows" every row that has one. 0 when nothing is True."""
+    """Masked mean []: "terms" weighs every True entry of `mask` [B,M] alike, "rows" every row that has one, or by its
+    `weight` [B]. 0 when nothing is True."""
     x = torch.where(mask, x, 0.0)
     if over == "terms":
-        count = mask.sum() if denominator is None else denominator
-        return x.sum() / count.clamp(min=1)
+        return x.sum() / mask.sum().clamp(min=1)
     per_row = x.sum(1) / mask.sum(1).clamp(min=1)
-    return per_row.sum() / mask.any(1).sum().clamp(min=1)
+    weight = torch.where(mask.any(1), 1.0 if weight is None else weight, 0.0)
+    return (per_row * weight).sum() / weight.sum().clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def policy_loss(
@@ -77,6 +77,18 @@ def policy_loss(
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return loss, (bounded > plain) & mask
+
+
+def importance_weight(proximal: Tensor, behavior: Tensor, mask: Tensor, limit: float) -> Tensor:
+    """Weights of the decoupled objective of asynchronous PPO (arXiv 2505.24298), with the shape of the log-probs:
+
+        w = exp(proximal - behavior), 0 where masked or w > limit
+
+    `behavior` are the log-probs of the weights that acted, `proximal` those of the weights around which is clipped. The
+    loss keeps the denominator it has without weights, so what is dropped does not make the rest count more.
+    """
+    weight = torch.where(mask, proximal - behavior, 0.0).exp()
+    return torch.where(mask & (weight <= limit), weight, 0.0)
 
 
 def value_loss(

@@ -117,6 +117,9 @@ algorithms = Registry(
     {
         "imitation": "embodied_rl.algorithms.imitation:ImitationConfig",
         "ppo": "embodied_rl.algorithms.ppo:PPOConfig",
+        "grpo": "embodied_rl.algorithms.grpo:GRPOConfig",
+        "dapo": "embodied_rl.algorithms.grpo:DAPOConfig",
+        "reinforce++": "embodied_rl.algorithms.grpo:ReinforcePlusPlusConfig",
         "flow_actor_critic": "embodied_rl.algorithms.flow_actor_critic:FlowActorCriticConfig",
     },
 )

@@ -201,3 +201,26 @@ class Trajectory:
         """The plain [T,N,...] arrays by field name (not `inputs`, `trace`)."""
         skip = {"inputs", "trace", "last_value", "version", "episodes"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
+
+
+@dataclass
+class EpisodeBatch:
+    """R decisions of whole episodes, those of an episode in their order; torch tensors. Decisions without a valid step
+    are left out, so rows that wait cost no memory."""
+
+    inputs: dict[str, Array]
+    """[R,...], what `policy.prepare` returned."""
+    trace: dict[str, Array]
+    """[R,...]."""
+    log_prob: Array
+    """float32 [R,L]."""
+    reward: Array
+    """float32 [R,K]."""
+    valid: Array
+    """bool [R,K]."""
+    tickets: Array
+    """int64 [R], the episode of each decision."""
+    version: int
+    """Version of the weights that acted."""
+    episodes: list[Episode]
+    """All episodes of the groups that were run; those not learned from have no decision here."""

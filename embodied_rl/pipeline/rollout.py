@@ -7,7 +7,7 @@ episode it is, and hence the noise of every decision.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from embodied_rl.policies.base import Inputs, Policy
 from embodied_rl.randomness import RowNoise
 from embodied_rl.simulators.base import WAIT, Simulator
 from embodied_rl.specs import Connection
-from embodied_rl.types import ActionSample, ChunkResult, Observation, Trajectory
+from embodied_rl.types import ActionSample, ChunkResult, EpisodeBatch, Observation, Trajectory
 
 ATTEMPT = 1 << 48
 """What a further attempt adds to a ticket; a `ResetSchedule` of a run ignores the bits from here on."""
@@ -163,6 +163,43 @@ class RolloutWorker:
             steps.append(self.finish())
         return self._trajectory(steps, version)
 
+    def collect_episodes(self, tickets: range, version: int) -> EpisodeBatch:
+        """Run the episodes `tickets` once each, from start to end, in weights `version`; rows without one wait.
+
+        An episode lost to a worker's death is run again. Abandons what the worker was doing.
+        """
+        self.restart(TicketCounter(tickets.start, tickets.stop))
+        parts: list[EpisodeBatch] = []
+        lost: dict[int, int] = {}
+        done = 0
+        while done < len(tickets):
+            self.begin()
+            step = self.finish()
+            lost |= dict.fromkeys(step.tickets[step.result.lost].tolist(), len(parts))
+            parts.append(self._decisions_of(step, version))
+            done += len(step.result.episodes)
+        if lost:  # nothing of a lost episode is learned from
+            for at, part in enumerate(parts):
+                keep = torch.tensor([at > lost.get(ticket, -1) for ticket in part.tickets.tolist()], dtype=torch.bool)
+                parts[at] = combine([part], lambda tensors, keep=keep: tensors[0][keep.to(tensors[0].device)])
+        return combine(parts, torch.cat)
+
+    def _decisions_of(self, step: Decision, version: int) -> EpisodeBatch:
+        """The rows of a decision that have a valid step."""
+        live = step.result.valid.any(axis=1)
+        rows = torch.from_numpy(np.flatnonzero(live)).to(self.policy.device)
+        sample, result = step.sample, step.result
+        return EpisodeBatch(
+            inputs={key: tensor[rows] for key, tensor in step.inputs.items()},
+            trace={key: tensor[rows] for key, tensor in sample.trace.items()},
+            log_prob=_required(sample.log_prob)[rows],
+            reward=torch.from_numpy(result.reward[live]).to(self.policy.device),
+            valid=torch.from_numpy(result.valid[live]).to(self.policy.device),
+            tickets=torch.from_numpy(step.tickets[live]),
+            version=version,
+            episodes=result.episodes,
+        )
+
     @torch.no_grad()
     def _trajectory(self, steps: list[Decision], version: int) -> Trajectory:
         def stack(name: str) -> torch.Tensor:
@@ -211,7 +248,23 @@ class RolloutWorker:
         return self.policy.prepare(self.connection.observation(observation))
 
 
+def combine(parts: Sequence[EpisodeBatch], function: Callable[[list[torch.Tensor]], torch.Tensor]) -> EpisodeBatch:
+    """One batch of the episodes of all `parts`; each of its tensors is a function of theirs of the same name."""
+
+    def each(name: str) -> Any:
+        columns = [getattr(part, name) for part in parts]
+        if isinstance(columns[0], dict):
+            return {key: function([column[key] for column in columns]) for key in columns[0]}
+        return function(columns)
+
+    names = ("inputs", "trace", "log_prob", "reward", "valid", "tickets")
+    episodes = [episode for part in parts for episode in part.episodes]
+    return EpisodeBatch(**{name: each(name) for name in names}, version=parts[0].version, episodes=episodes)
+
+
 def _required(tensor: torch.Tensor | None) -> torch.Tensor:
     if tensor is None:
-        raise TypeError("an on-policy algorithm needs a policy that returns log-probs and values from act()")
+        raise UserError(
+            "the policy gives no log-probs or no value, so this algorithm has nothing to improve: choose another"
+        )
     return tensor

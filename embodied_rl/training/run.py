@@ -18,9 +18,17 @@ from typing import Any
 
 import torch
 
-from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OffPolicyAlgorithm, OnPolicyAlgorithm
+from embodied_rl.algorithms.base import (
+    EpisodicAlgorithm,
+    ImitationAlgorithm,
+    Metrics,
+    OffPolicyAlgorithm,
+    OnPolicyAlgorithm,
+)
 from embodied_rl.config import RunConfig, to_dict
+from embodied_rl.data.demonstration_replay import demonstration_replay
 from embodied_rl.data.demonstrations import DemonstrationEpisode, chunks, observations, read, write
+from embodied_rl.data.replay_buffer import ReplayBuffer
 from embodied_rl.errors import UserError
 from embodied_rl.files import write_atomic
 from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
@@ -29,11 +37,12 @@ from embodied_rl.training import checkpoint
 from embodied_rl.training.demonstrations import demonstrate
 from embodied_rl.training.evaluation import EvaluationResult, run_episodes
 from embodied_rl.training.metrics import MetricLogger
+from embodied_rl.training.on_policy import EpisodeWorkflow, SegmentWorkflow
 from embodied_rl.training.progress import Progress
 from embodied_rl.training.report import versions, write_report
 from embodied_rl.training.streams import Streams
 from embodied_rl.training.trajectories import record_trajectories
-from embodied_rl.training.workflows import OffPolicyWorkflow, OnPolicyWorkflow, Workflow, imitate
+from embodied_rl.training.workflows import OffPolicyWorkflow, Workflow, imitate
 from embodied_rl.types import Observation
 
 
@@ -79,6 +88,7 @@ class Run:
             config.training.development_episodes,
             config.evaluation.episodes,
             num_states=config.simulator.num_states,
+            group_size=getattr(config.algorithm, "group_size", 1),
         )
         # Small networks on small batches: a second thread costs more than it brings, and the workers need the core.
         torch.set_num_threads(1)
@@ -157,6 +167,7 @@ class Run:
         self._check_recorded(seen)
         seen = self.connection.observation(seen)
         states = seen.state
+        self.demonstrations = episodes
         actions, valid = chunks(episodes, self.policy.horizon)
         self.statistics = states.mean(axis=0), states.std(axis=0)
         if self.saved is None:
@@ -166,6 +177,15 @@ class Run:
             "actions": torch.from_numpy(actions).to(self.policy.device),
             "valid": torch.from_numpy(valid).to(self.policy.device),
         }
+
+    def _decisions(self) -> ReplayBuffer:
+        """The demonstrations as decisions of the policy, with their rewards."""
+        if self.config.demonstrations is None:
+            raise UserError("algorithm.symmetric needs demonstrations: add --demonstrations.episodes or .path")
+        texts = tuple(task.instruction for task in self.simulator.tasks)
+        seen = self.connection.observation(observations(self.demonstrations, texts, final=True))
+        inputs = {name: column.numpy(force=True) for name, column in self.policy.prepare(seen).items()}
+        return demonstration_replay(self.demonstrations, inputs, self.policy.chunk, bool(self.algorithm.config.shaping))
 
     def _check_recorded(self, seen: Observation) -> None:
         """Demonstrations must show what the simulator shows; raises `UserError`."""
@@ -207,11 +227,15 @@ class Run:
         if config.algorithm is None:
             return None
         self.algorithm = config.algorithm.build(self.policy, config.seed)
+        self.policy = self.worker.policy = self.algorithm.policy  # what acts from now on may contain what was cloned
         workflow: Workflow
         if isinstance(self.algorithm, OnPolicyAlgorithm):
-            workflow = OnPolicyWorkflow(self.worker, self.algorithm, decisions, self.generator)
+            workflow = SegmentWorkflow(self.worker, self.algorithm, decisions, self.generator)
+        elif isinstance(self.algorithm, EpisodicAlgorithm):
+            workflow = EpisodeWorkflow(self.worker, self.algorithm, self.generator)
         elif isinstance(self.algorithm, OffPolicyAlgorithm):
-            workflow = OffPolicyWorkflow(self.worker, self.algorithm, decisions, self.generator, config.seed, data)
+            known = self._decisions() if self.algorithm.demonstrations == "decisions" else data
+            workflow = OffPolicyWorkflow(self.worker, self.algorithm, decisions, self.generator, config.seed, known)
         else:
             raise UserError(f"algorithm '{type(self.algorithm).__name__}' cannot learn from rollouts: choose another")
         if self.saved:
@@ -223,7 +247,7 @@ class Run:
     def _learn(self, workflow: Workflow) -> None:
         """Iterate until the budget is spent or the development success is reached."""
         training = self.config.training
-        self.worker.restart(self.tickets)
+        workflow.restart(self.tickets)
         while not (self.succeeded or self.worker.env_steps >= training.env_steps):
             began, steps = time.monotonic(), self.worker.env_steps
             number = self.iteration + 1
@@ -243,7 +267,7 @@ class Run:
             if saves:
                 self._save(workflow)
             if evaluates or saves:
-                self.worker.restart(self.tickets)
+                workflow.restart(self.tickets)
         self._save(workflow)
 
     def _log(self, metrics: Metrics) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from embodied_rl.pipeline.rollout import ATTEMPT
 from embodied_rl.simulators.base import InitialState, ResetSchedule
-from embodied_rl.simulators.reset_schedule import OrderedSchedule, RandomSchedule
+from embodied_rl.simulators.reset_schedule import GroupSchedule, OrderedSchedule, RandomSchedule
 
 _BITS = 40
 
@@ -19,13 +19,23 @@ class Streams:
     "training" and "demonstrations" are endless and depend on the run's seed; "development" and "test" are finite lists
     of episodes, tasks taking turns, the same for every run. Where a simulator ships recorded initial states
     (`num_states` per task > 0), all streams share these, as published benchmarks do.
+
+    Training tickets g*G to g*G+G-1 share an initial state, G = `group_size`: the stream comes first, so its tickets
+    count from 0.
     """
 
     def __init__(
-        self, seed: int, num_tasks: int, development: int, test: int, test_seed: int = 0, num_states: int = 0
+        self,
+        seed: int,
+        num_tasks: int,
+        development: int,
+        test: int,
+        test_seed: int = 0,
+        num_states: int = 0,
+        group_size: int = 1,
     ) -> None:
         self._schedules: dict[str, ResetSchedule] = {
-            "training": RandomSchedule(seed, num_tasks, "training", num_states),
+            "training": GroupSchedule(seed, group_size, num_tasks, "training", num_states),
             "demonstrations": RandomSchedule(seed, num_tasks, "demonstrations", num_states),
             "development": OrderedSchedule.draw("development", development, num_tasks, num_states=num_states),
             "test": OrderedSchedule.draw("test", test, num_tasks, test_seed, num_states),

@@ -13,14 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OffPolicyAlgorithm, OnPolicyAlgorithm
+from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OffPolicyAlgorithm
 from embodied_rl.data.replay_buffer import ReplayBuffer
 from embodied_rl.errors import UserError
-from embodied_rl.pipeline.rollout import Decision, RolloutWorker
+from embodied_rl.pipeline.rollout import Decision, RolloutWorker, TicketCounter
 from embodied_rl.types import Episode
 
 
 class Workflow(Protocol):
+    def restart(self, tickets: TicketCounter) -> None:
+        """Begin fresh episodes with tickets from `tickets`: at the start and after a border."""
+        ...
+
     def iterate(self, border: bool) -> Metrics:
         """One iteration."""
         ...
@@ -59,32 +63,6 @@ def imitate(
             report(step, mean.result())
 
 
-class OnPolicyWorkflow:
-    """Collect a segment with the current weights, learn from it, repeat."""
-
-    def __init__(
-        self, worker: RolloutWorker, algorithm: OnPolicyAlgorithm, decisions: int, generator: torch.Generator
-    ) -> None:
-        self.worker = worker
-        self.algorithm = algorithm
-        self.decisions = decisions
-        self.generator = generator
-        self.version = 0
-
-    def iterate(self, border: bool) -> Metrics:
-        trajectory = self.worker.collect(self.decisions, self.version)
-        metrics = episode_metrics(trajectory.episodes)
-        metrics |= {f"loss/{name}": value for name, value in self.algorithm.learn(trajectory, self.generator).items()}
-        self.version += 1
-        return metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"version": self.version}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.version = state["version"]
-
-
 class OffPolicyWorkflow:
     """While the simulators execute a chunk, the learner updates from the replay buffer; the number of updates per
     decision is fixed, so the result does not depend on who is faster."""
@@ -112,6 +90,9 @@ class OffPolicyWorkflow:
         """Updates owed to the decisions made so far."""
         if config.shaping and not all(task.has_success for task in worker.simulator.tasks):
             raise UserError("algorithm.shaping needs a task with a success signal: set it to 0 or choose another task")
+
+    def restart(self, tickets: TicketCounter) -> None:
+        self.worker.restart(tickets)
 
     def iterate(self, border: bool) -> Metrics:
         mean, episodes, config = Mean("loss"), list[Episode](), self.algorithm.config

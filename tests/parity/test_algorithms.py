@@ -126,7 +126,7 @@ def test_granularities_of_rlinf(file):
     if granularity == "token":
         advantages, mask = (x.repeat_interleave(dim, 1) for x in (advantages, mask))
     losses, _ = policy_loss(new, old, advantages, mask, d["clip_low"], d["clip_high"], d["dual_clip"])
-    loss = aggregate(losses, mask, denominator=denominator)
+    loss = torch.where(mask, losses, 0.0).sum() / denominator
     loss.backward()
     close(loss.detach(), d["policy_loss"])
     close(log_prob.grad, d["grad_logprob"])

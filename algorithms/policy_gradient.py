@@ -1,0 +1,228 @@
+"""What PPO and GRPO share: a clipped surrogate of the log-prob terms of decisions, in minibatches, for some epochs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from embodied_rl.algorithms.base import Algorithm, Metrics
+from embodied_rl.algorithms.losses import (
+    Granularity,
+    aggregate,
+    importance_weight,
+    kl_estimate,
+    policy_loss,
+    segment_sums,
+    term_mask,
+)
+from embodied_rl.algorithms.optimization import (
+    Optimizers,
+    actor_parameters,
+    adam,
+    apply,
+    backward,
+    read_finite,
+    seed_policy_draws,
+)
+from embodied_rl.errors import UserError
+from embodied_rl.types import Score
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PolicyGradientConfig:
+    """Improving a policy by the clipped surrogate."""
+
+    learning_rate: float = 1e-4
+    """Of the policy."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    """Above 1: the loss of a bad action is at most this many times its advantage."""
+    entropy_coefficient: float = 0.0
+    kl_coefficient: float = 0.0
+    """Weight of the KL divergence (estimator k3) from the policy that reinforcement learning started from; above 0 a
+    frozen copy of it is kept."""
+    granularity: Granularity = "chunk"
+    """What has a probability ratio of its own: the chunk, each action, or each log-prob term."""
+    mean_over: Literal["terms", "rows", "episodes"] = "terms"
+    """"terms" weighs all ratios alike, "rows" all decisions, "episodes" all episodes and, within one, all its steps."""
+    epochs: int = 5
+    minibatches: int = 4
+    """Per epoch."""
+    max_grad_norm: float = 1.0
+    """Of each optimizer's own parameters."""
+    target_kl: float | None = None
+    """Stop learning from a batch when a minibatch shows a larger approximate KL."""
+    staleness: int = 0
+    """Updates by which the weights that collect may be behind; above 0 the loss is decoupled (asynchronous PPO)."""
+    max_importance_weight: float = 2.0
+    """Of the decoupled loss: what the weights at the start of an update make more likely than the weights that
+    collected it by more than this factor is left out."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.minibatches < 1:
+            raise UserError("algorithm: epochs and minibatches must be at least 1")
+        if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
+            raise UserError(
+                f"algorithm: needs 0 <= clip_low < 1 and clip_high >= 0, not {self.clip_low}, {self.clip_high}"
+            )
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise UserError(f"algorithm: dual_clip must be above 1, not {self.dual_clip}; none switches it off")
+        if self.kl_coefficient < 0 or self.staleness < 0:
+            raise UserError("algorithm: kl_coefficient and staleness must not be negative")
+        if self.max_importance_weight <= 1:
+            raise UserError(f"algorithm: max_importance_weight must be above 1, not {self.max_importance_weight}")
+
+
+class PolicyGradient(Algorithm):
+    """A subclass makes rows of decisions and calls `improve`.
+
+    Rows: {"inputs", "trace" [R,...], "log_prob" [R,L] of the weights that acted, "valid" bool [R,K],
+    "advantages" [R], "weight" [R] (see `episode_weights`)} and what the subclass's own `losses` needs.
+    """
+
+    def __init__(self, config: Any, policy: Any) -> None:
+        self.config = config
+        self.policy = policy
+        self.policy_optimizer = adam(actor_parameters(policy), config.learning_rate)
+        self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coefficient else None
+        self.iterations = 0
+        self.updates = 0
+
+    @property
+    def staleness(self) -> int:
+        return self.config.staleness
+
+    def improve(self, data: Batch, generator: torch.Generator) -> Metrics:
+        """Several epochs over the rows of `data`: the means of the metrics over the updates made, decisions, updates.
+        Raises `UserError` when one is not finite, leaving the policy as it was before that update."""
+        rows = len(data["log_prob"])
+        if rows == 0:
+            return {"decisions": 0.0, "updates": 0.0}
+        seed_policy_draws(generator, self.policy.device)
+        if self.config.staleness:
+            data = data | {"proximal": self._scores(self.policy, data)}
+        if self.reference is not None:
+            data = data | {"reference": self._scores(self.reference, data)}
+        history: list[Metrics] = []
+        for index in self._minibatches(rows, generator):
+            metrics = self._update(select(data, index.to(data["log_prob"].device)))
+            if metrics is None:
+                break
+            history.append(metrics)
+        means = {name: sum(metrics[name] for metrics in history) / len(history) for name in (history or [{}])[0]}
+        return means | {"decisions": float(rows), "updates": float(len(history))}
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Optimizers]:
+        """(loss, metrics, the optimizers that follow it by the name of their gradient norm) of a minibatch."""
+        score = self.policy.evaluate_actions(batch["inputs"], batch["trace"])
+        loss, metrics = self.policy_loss(batch, score)
+        return loss, metrics, {"grad_norm": self.policy_optimizer}
+
+    def policy_loss(self, batch: Batch, score: Score) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, {policy_loss, approx_kl, clip_fraction, entropy, and kl with a reference, dropped with staleness})."""
+        config, valid = self.config, batch["valid"]
+        if config.granularity == "action" and bool((score.term_step < 0).any()):
+            raise UserError(
+                f"algorithm.granularity 'action' needs log-prob terms per action, but {type(self.policy).__name__} "
+                f"scores the whole chunk: use 'chunk'"
+            )
+        terms = term_mask(valid, score.term_step, score.log_prob_mask)
+
+        def sums(x: Tensor) -> tuple[Tensor, Tensor]:
+            return segment_sums(x, terms, score.term_step, valid.shape[1], config.granularity)
+
+        log_prob, mask = sums(score.log_prob)
+        behavior, _ = sums(batch["log_prob"])
+
+        def mean(x: Tensor) -> Tensor:
+            if config.mean_over == "episodes":
+                return aggregate(x, mask, "rows", batch["weight"])
+            return aggregate(x, mask, config.mean_over)
+
+        old = sums(batch["proximal"])[0] if config.staleness else behavior
+        advantages = batch["advantages"][:, None]
+        losses, clipped = policy_loss(
+            log_prob, old, advantages, mask, config.clip_low, config.clip_high, config.dual_clip
+        )
+        weight = importance_weight(old, behavior, mask, config.max_importance_weight) if config.staleness else None
+        metrics = {
+            "policy_loss": mean(losses if weight is None else losses * weight),
+            "approx_kl": aggregate(kl_estimate(old, log_prob.detach(), "k3"), mask),
+            "clip_fraction": aggregate(clipped.float(), mask),
+            "entropy": mean(sums(score.entropy)[0]),
+        }
+        if weight is not None:
+            metrics["dropped"] = aggregate((weight == 0).float(), mask)
+        loss = metrics["policy_loss"] - config.entropy_coefficient * metrics["entropy"]
+        if self.reference is not None:
+            metrics["kl"] = mean(kl_estimate(log_prob, sums(batch["reference"])[0], "k3"))
+            loss = loss + config.kl_coefficient * metrics["kl"]
+        return loss, metrics
+
+    def _update(self, batch: Batch) -> Metrics | None:
+        """One minibatch; None, and nothing changed, when the policy has moved too far."""
+        loss, metrics, optimizers = self.losses(batch)
+        norms = backward(loss, optimizers)
+        values = read_finite(metrics | norms, self.updates)
+        if self.config.target_kl is not None and values.get("approx_kl", 0.0) > self.config.target_kl:
+            for optimizer in optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            return None
+        apply(optimizers, norms, self.config.max_grad_norm)
+        self.updates += 1
+        return values
+
+    def _minibatches(self, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Row indices of every minibatch of every epoch, each epoch in a fresh order."""
+        for _ in range(self.config.epochs):
+            order = torch.randperm(rows, generator=generator)
+            yield from order.tensor_split(min(self.config.minibatches, rows))
+
+    @torch.no_grad()
+    def _scores(self, policy: Any, data: Batch) -> Tensor:
+        """[R,L], what `policy` says of the recorded actions, in as many parts as there are minibatches."""
+        rows = len(data["log_prob"])
+        parts = torch.arange(rows, device=data["log_prob"].device).tensor_split(min(self.config.minibatches, rows))
+        batches = (select({name: data[name] for name in ("inputs", "trace")}, part) for part in parts)
+        return torch.cat([policy.evaluate_actions(batch["inputs"], batch["trace"]).log_prob for batch in batches])
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {} if self.reference is None else {"reference": self.reference}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"policy": self.policy_optimizer}
+
+    def counters(self) -> dict[str, float]:
+        return {"iterations": self.iterations, "updates": self.updates}
+
+    def load_counters(self, counters: dict[str, float]) -> None:
+        self.iterations, self.updates = int(counters["iterations"]), int(counters["updates"])
+
+
+def episode_weights(valid: Tensor, tickets: Tensor) -> Tensor:
+    """float32 [R]: executed steps of a decision as a share of those of its episode; `valid` [R,K], `tickets` [R].
+    The weights of an episode add up to 1, and within one every step weighs the same (length normalisation)."""
+    steps = valid.sum(-1).float()
+    episode = tickets.unique(return_inverse=True)[1].to(steps.device)
+    total = steps.new_zeros(len(steps)).index_add(0, episode, steps)
+    return steps / total[episode].clamp(min=1)
+
+
+def tree_map(data: Any, function: Any) -> Any:
+    """Apply `function` to every tensor in nested dicts."""
+    if isinstance(data, dict):
+        return {name: tree_map(value, function) for name, value in data.items()}
+    return function(data)
+
+
+def select(data: Batch, index: Tensor) -> Batch:
+    """The rows `index` of every tensor."""
+    return tree_map(data, lambda tensor: tensor[index])

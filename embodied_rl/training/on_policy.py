@@ -1,0 +1,118 @@
+"""The loops of algorithms that learn from what the current weights, or slightly older ones, collected."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+
+from embodied_rl.algorithms.base import EpisodicAlgorithm, Metrics, OnPolicyAlgorithm
+from embodied_rl.errors import UserError
+from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter, combine
+from embodied_rl.training.workflows import episode_metrics
+from embodied_rl.types import EpisodeBatch, Trajectory
+
+
+class OnPolicyWorkflow(ABC):
+    """Collect a batch, learn from it, repeat.
+
+    With a staleness of s the batch learned from was collected s updates ago: what happens when collecting and learning
+    overlap, here one after the other and hence repeatable. Before a border everything collected is learned from.
+    """
+
+    def __init__(
+        self, worker: RolloutWorker, algorithm: OnPolicyAlgorithm | EpisodicAlgorithm, generator: torch.Generator
+    ) -> None:
+        self.worker = worker
+        self.algorithm: Any = algorithm
+        self.generator = generator
+        self.version = 0
+        self.waiting: deque[Trajectory | EpisodeBatch] = deque()
+
+    @abstractmethod
+    def restart(self, tickets: TicketCounter) -> None:
+        """Begin fresh episodes with tickets from `tickets`: at the start and after a border."""
+
+    @abstractmethod
+    def collect(self) -> Trajectory | EpisodeBatch:
+        """A batch by the current weights."""
+
+    def iterate(self, border: bool) -> Metrics:
+        """One update, or as many as were left to do before a border."""
+        while len(self.waiting) <= (0 if border else self.algorithm.staleness):
+            self.waiting.append(self.collect())
+        metrics = self._learn()
+        while border and self.waiting:
+            metrics |= self._learn()
+        return metrics
+
+    def _learn(self) -> Metrics:
+        batch = self.waiting.popleft()
+        metrics = episode_metrics(batch.episodes)
+        metrics |= {f"loss/{name}": value for name, value in self.algorithm.learn(batch, self.generator).items()}
+        if self.algorithm.staleness:
+            metrics["train/staleness"] = self.version - batch.version
+        self.version += 1
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": self.version}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.version = state["version"]
+
+
+class SegmentWorkflow(OnPolicyWorkflow):
+    """Segments of a fixed number of decisions; episodes go on from one to the next."""
+
+    def __init__(
+        self, worker: RolloutWorker, algorithm: OnPolicyAlgorithm, decisions: int, generator: torch.Generator
+    ) -> None:
+        super().__init__(worker, algorithm, generator)
+        self.decisions = decisions
+
+    def restart(self, tickets: TicketCounter) -> None:
+        self.worker.restart(tickets)
+
+    def collect(self) -> Trajectory:
+        return self.worker.collect(self.decisions, self.version)
+
+
+class EpisodeWorkflow(OnPolicyWorkflow):
+    """Groups of whole episodes: every one that is begun is run to its end in the same weights, rows without one wait.
+
+    Groups that say nothing are replaced (`EpisodicAlgorithm.further_groups`): at least as many as are missing, and as
+    many as the rows hold at once. Only decisions that are learned from are kept.
+    """
+
+    algorithm: EpisodicAlgorithm
+
+    def restart(self, tickets: TicketCounter) -> None:
+        if tickets.retry:
+            raise UserError("training.retry_failed breaks groups of equal initial states: leave it at 0")
+        self.tickets = tickets
+
+    def collect(self) -> EpisodeBatch:
+        algorithm = self.algorithm
+        size, budget = algorithm.group_size, algorithm.further_groups
+        missing = count = algorithm.groups_per_iteration
+        parts: list[EpisodeBatch] = []
+        while missing > 0 and count > 0:
+            tickets = self.tickets.issue(count * size)
+            part = self.worker.collect_episodes(range(int(tickets[0]), int(tickets[-1]) + 1), self.version)
+            informative = algorithm.informative(part.episodes)
+            parts.append(_only(part, informative))
+            missing -= int(informative.sum()) // size
+            count = min(budget, max(missing, self.worker.simulator.num_envs // size))
+            budget -= count
+        return combine(parts, torch.cat)
+
+
+def _only(batch: EpisodeBatch, chosen: np.ndarray) -> EpisodeBatch:
+    """Without the decisions of the episodes that are not `chosen` (bool [E])."""
+    tickets = [episode.ticket for episode, keep in zip(batch.episodes, chosen, strict=True) if keep]
+    index = torch.isin(batch.tickets, torch.tensor(tickets, dtype=torch.int64)).nonzero().squeeze(1)
+    return batch if chosen.all() else combine([batch], lambda tensors: tensors[0][index.to(tensors[0].device)])
