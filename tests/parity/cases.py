@@ -58,13 +58,22 @@ def found() -> dict[str, dict[str, Path]]:
 
 
 def cases(*families: str) -> list[Any]:
-    """The folders of these families as parameters of a test."""
-    return [pytest.param(folder, id=name) for kind in families for name, folder in found()[kind].items()]
+    """The folders of these families as parameters of a test; without one there is no test (see conftest.py)."""
+    return [pytest.param(folder, id=name) for kind in families for name, folder in found().get(kind, {}).items()]
 
 
 def folders(*families: str) -> list[Path]:
     """The folders of these families."""
-    return [folder for kind in families for folder in found()[kind].values()]
+    return [folder for kind in families for folder in found().get(kind, {}).values()]
+
+
+def listed(kind: str, of: str) -> list[Any]:
+    """What config.json of the family's cases lists under `of`, as parameters (folder, entry) of a test."""
+    return [
+        pytest.param(folder, entry, id=f"{name}/{number}")
+        for name, folder in found().get(kind, {}).items()
+        for number, entry in enumerate(read(folder / "config.json")[of])
+    ]
 
 
 def arrays(pattern: str) -> list[Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
+import math
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from cases import read
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,13 +18,6 @@ from embodied_rl.policies.openvla.prompts import llama_bytes
 from embodied_rl.policies.pretrained import read_weights
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
 
-PARITY = Path(os.environ.get("EMBODIED_RL_PARITY", "missing"))
-
-
-def require() -> None:
-    if not PARITY.is_dir():
-        pytest.skip("set EMBODIED_RL_PARITY to the folder of parity fixtures", allow_module_level=True)
-
 
 class AlreadyNormalised(ImageProcessor):
     def normalise(self, images: Tensor) -> Tensor:
@@ -35,9 +27,9 @@ class AlreadyNormalised(ImageProcessor):
 class Case:
     """One fixture folder. `settings` are those of the policy's configuration."""
 
-    def __init__(self, name: str, **settings: Any) -> None:
-        self.folder = PARITY / name
-        self.meta = json.loads((self.folder / "meta.json").read_text())
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder = folder
+        self.meta = read(folder / "meta.json")
         self.inputs = load_file(self.folder / "inputs.safetensors")
         self.expected = load_file(self.folder / "expected.safetensors")
         self.images = self.meta.get("num_images", 1)
@@ -47,7 +39,7 @@ class Case:
             "unnorm_key": self.meta["unnorm_key"],
             "cameras": self.cameras,
             "empty_token": self.meta["empty_token_id"],
-            "prompt_length": 40,
+            "prompt_length": self.length,
             "dtype": "float32",
             **settings,
         }
@@ -58,9 +50,10 @@ class Case:
                 horizon=self.meta["num_action_chunks"], normalization=self.meta["norm_type"], **settings
             )
         dim = self.meta["action_dim"]
+        low, high = (-math.inf,) * dim, (math.inf,) * dim
         views = {camera: CameraSpec(64, 64) for camera in self.cameras}
         observation = ObservationSpec(state=self.meta.get("proprio_dim", 0), cameras=views)
-        self.policy: Any = config.build(observation, ActionSpec((-9.0,) * dim, (9.0,) * dim, (0.0,) * dim), llama_bytes)
+        self.policy: Any = config.build(observation, ActionSpec(low, high, (0.0,) * dim), llama_bytes)
         real = self.policy.processor
         self.policy.processor = AlreadyNormalised(real.size, real.letterbox, real.means, real.stds)
         self.policy.eval()
@@ -70,7 +63,8 @@ class Case:
         file = self.folder / "value_head.safetensors"
         if file.is_file():
             weights = {key.replace("mlp.", "network."): value for key, value in load_file(file).items()}
-            self.policy.value_head = token_value_head(self.policy.network.hidden_size, (32, 16))
+            widths = tuple(len(weights[key]) for key in sorted(weights) if key.endswith("bias"))
+            self.policy.value_head = token_value_head(self.policy.network.hidden_size, widths)
             self.policy.value_head.load_state_dict(weights)
 
     @property
@@ -82,8 +76,14 @@ class Case:
         """[B,images,6,S,S]."""
         return self.inputs["pixel_values"].unflatten(1, (self.images, 6))
 
-    def policy_inputs(self, length: int = 40) -> dict[str, Tensor]:
-        """What `prepare` would return, had the images been these pixels; prompts padded to `length`."""
+    @property
+    def length(self) -> int:
+        """A prompt length with room to spare, without BOS."""
+        return self.inputs["input_ids"].shape[1] + 11
+
+    def policy_inputs(self, spare: int = 0) -> dict[str, Tensor]:
+        """What `prepare` would return, had the images been these pixels; prompts padded to `length` less `spare`."""
+        length = self.length - spare
         prompt = torch.full((self.rows, length), self.meta["pad_token_id"])
         for row, (ids, mask) in enumerate(zip(self.inputs["input_ids"], self.inputs["attention_mask"], strict=True)):
             kept = ids[mask.bool()][1:]
@@ -101,8 +101,8 @@ class Case:
         return logits[..., self.meta["vocab_size"] - 256 :]
 
 
-def close(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol, check_dtype=False)
+def close(actual: Tensor, expected: Tensor, atol: float = 1e-4, rtol: float = 0) -> None:
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)
 
 
 def same_weights(source: Path, saved: Path, stem: str = "model", but: str = "nothing") -> None:

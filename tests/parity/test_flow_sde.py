@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import folders, read
+from cases import cases, listed, read
 from safetensors.torch import load_file
 
 from embodied_rl.policies.flow import (
@@ -17,11 +17,7 @@ from embodied_rl.policies.flow import (
     ode_step,
 )
 
-STEPS = [
-    pytest.param(folder, case, id=f"{folder.parent.name}/{folder.name}/{case['case']}-{case['method']}")
-    for folder in folders("flow_sde")
-    for case in read(folder / "config.json")["steps"]
-]
+STEPS = listed("flow_sde", "steps")
 
 
 def moments(case, tensors):
@@ -60,7 +56,7 @@ def test_step(folder, case):
     assert math.isclose(float(log_prob.sum()), case["logprob_sum"], rel_tol=1e-5, abs_tol=1e-4)
 
 
-@pytest.mark.parametrize("folder", folders("flow_sde"))
+@pytest.mark.parametrize("folder", cases("flow_sde"))
 def test_every_step_of_the_file_is_listed(folder):
     listed = {case["case"] for case in read(folder / "config.json")["steps"]}
     assert {name.split(".")[0] for name in load_file(folder / "steps.safetensors")} == listed

@@ -1,19 +1,17 @@
 """OpenVLA, number by number against the original code (fixtures `openvla`)."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from openvla_case import PARITY, Case, close, require, same_weights
+from cases import cases, folders, read
+from openvla_case import Case, close, same_weights
 from torch.nn import functional as F
 
 from embodied_rl.policies.openvla.preprocessing import ImageProcessor
 from embodied_rl.policies.openvla.prompts import TEMPLATES, Prompts
 from embodied_rl.policies.openvla.tokens import decode, encode
 
-require()
-CASES = ["openvla/ar_bf16_vocab32064", "openvla/ar_fp32_vocab704"]
+CASES = cases("openvla_ar")
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -34,14 +32,14 @@ def test_greedy_decoding_with_a_static_cache(case, monkeypatch):
     logits = torch.cat(steps, 1)
     assert torch.equal(logits.argmax(-1), case.expected["greedy_tokens"])
     close(case.action_ids(logits), case.expected["greedy_step_logits_action"])
-    close(sample.actions[:, 0], case.expected["greedy_actions"], 1e-6)
+    close(sample.actions[:, 0], case.expected["greedy_actions"], 1e-6, 1e-6)
     close(sample.value, case.expected["value"][:, 0])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("length", [30, 40])
-def test_teacher_forced_logits_whatever_the_padding(case, length):
-    hidden = case.policy.hidden(case.policy_inputs(length), case.trace()["tokens"])
+@pytest.mark.parametrize("spare", [10, 0])
+def test_teacher_forced_logits_whatever_the_padding(case, spare):
+    hidden = case.policy.hidden(case.policy_inputs(spare), case.trace()["tokens"])
     logits = case.policy.logits(hidden)
     close(case.action_ids(logits), case.expected["sampled_logits_action"])
     close(logits.logsumexp(-1), case.expected["sampled_logsumexp_full"])
@@ -65,15 +63,14 @@ def test_hidden_states_of_the_whole_sequence(case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("temperature", [1.0, 1.6])
-def test_log_probs_over_the_action_tokens(temperature):
-    for name in CASES:
-        case = Case(name)
-        score = case.policy.evaluate_actions(case.policy_inputs(), case.trace(temperature))
-        suffix = "" if temperature == 1.0 else "_t1p6"
-        close(score.log_prob, case.expected["sampled_logprob_256" + suffix])
-        if temperature == 1.0:
-            close(score.entropy, case.expected["sampled_entropy_256"])
+@pytest.mark.parametrize("folder", CASES)
+def test_log_probs_over_the_action_tokens(folder):
+    case = Case(folder)
+    score = case.policy.evaluate_actions(case.policy_inputs(), case.trace())
+    close(score.log_prob, case.expected["sampled_logprob_256"])
+    close(score.entropy, case.expected["sampled_entropy_256"])
+    score = case.policy.evaluate_actions(case.policy_inputs(), case.trace(temperature=1.6))
+    close(score.log_prob, case.expected["sampled_logprob_256_t1p6"])
 
 
 @torch.no_grad()
@@ -90,19 +87,22 @@ def test_action_tokens_and_their_units(case):
     assert torch.equal(encode(expected["encode_values"], vocabulary), expected["encode_token_ids"])
     normalised = decode(expected["greedy_tokens"], vocabulary)
     assert torch.equal(normalised, expected["greedy_actions_normalized"])
-    close(case.policy.action_normaliser.unnormalise(normalised), expected["greedy_actions"], 1e-15)
+    close(case.policy.action_normaliser.unnormalise(normalised), expected["greedy_actions"], 1e-14, 1e-14)
     sampled = decode(case.inputs["sampled_action_tokens"], vocabulary)
-    close(case.policy.action_normaliser.unnormalise(sampled), expected["sampled_actions"], 1e-15)
+    close(case.policy.action_normaliser.unnormalise(sampled), expected["sampled_actions"], 1e-14, 1e-14)
 
 
 def test_image_processor_bit_by_bit(case):
     source = case.folder / "preprocessor_config.json"
-    processor = ImageProcessor.from_json(json.loads(source.read_text()), str(source))
+    processor = ImageProcessor.from_json(read(source), str(source))
     resized = processor.resize(case.inputs["raw_image"].numpy())
     assert torch.equal(processor.normalise(torch.tensor(resized)[None]), case.expected["raw_image_pixel_values"])
 
 
-RECORDS = json.loads((PARITY / "openvla" / "tokenization.json").read_text())["records"]
+RECORDS = [
+    record for folder in folders("openvla_tokenization") for record in read(folder / "tokenization.json")["records"]
+]
+IDS = {record["prompt"]: record["input_ids"] for record in RECORDS}
 
 
 def test_prompts_are_the_published_ones():
@@ -112,24 +112,23 @@ def test_prompts_are_the_published_ones():
 
 
 def test_prompt_ids_end_in_the_empty_token_and_are_padded_on_the_left():
-    ids = {record["prompt"]: record["input_ids"] for record in RECORDS}
-    prompts = Prompts(ids.__getitem__, "openvla", 40, 32000, 29871)
     spaced = {r["task"]: r["input_ids"] for r in RECORDS if r["template"] == "openvla_trailing_space"}
+    length = max(map(len, spaced.values())) + 5
+    prompts = Prompts(IDS.__getitem__, "openvla", length, 32000, 29871)
     for task, wanted in spaced.items():
         row = prompts([task])[0]
-        assert row[40 - len(wanted) + 1 :].tolist() == wanted[1:]
-        assert (row[: 40 - len(wanted) + 1] == 32000).all()
+        assert row[length - len(wanted) + 1 :].tolist() == wanted[1:]
+        assert (row[: length - len(wanted) + 1] == 32000).all()
 
 
-def test_prompt_ids_of_the_fixture():
-    case = Case(CASES[0])
-    ids = {record["prompt"]: record["input_ids"] for record in RECORDS}
-    case.policy.prompts.tokenize = ids.__getitem__
-    prompt = case.policy.prompts(case.meta["task_descriptions"])
-    assert np.array_equal(prompt, case.policy_inputs()["prompt"].numpy())
+def test_prompt_ids_of_the_cases_whose_instructions_are_known(case):
+    tasks = case.meta["task_descriptions"]
+    if None not in tasks:  # the others' ids are random
+        case.policy.prompts.tokenize = IDS.__getitem__
+        assert np.array_equal(case.policy.prompts(tasks), case.policy_inputs()["prompt"].numpy())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_saved_checkpoint_is_the_loaded_one(name, tmp_path):
-    Case(name).policy.save_pretrained(tmp_path / "saved")
-    same_weights(Case(name).folder, tmp_path / "saved")
+@pytest.mark.parametrize("folder", CASES)
+def test_a_saved_checkpoint_is_the_loaded_one(folder, tmp_path):
+    Case(folder).policy.save_pretrained(tmp_path / "saved")
+    same_weights(folder, tmp_path / "saved")
