@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies.base import require_continuous
+from embodied_rl.policies.normalization import CONSTANT
 from embodied_rl.specs import ActionSpec, ObservationSpec, pick_state
 from embodied_rl.types import Array, Observation
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GELU}
 
-CONSTANT = 1e-4
-"""A state dimension that deviates less than this is taken as constant and only centred."""
 CLIP = 10.0
 """Bound of the normalised state: a dimension that hardly moves in the demonstrations may move far from them in RL."""
 

@@ -14,16 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import UserError, unknown
 from embodied_rl.policies.pretrained import read_json
+from embodied_rl.types import Array
 
-Statistics = Mapping[str, Sequence[float]]
+Statistics = Mapping[str, Sequence[float] | Array]
 """{"mean", "std", "min", "max", "q01", "q99", "mask"}: as many as the dataset gives, each one number per dimension."""
 
 NAMES = ("mean", "std", "min", "max", "q01", "q99")
+CONSTANT = 1e-4
+"""A dimension that deviates less than this is taken as constant and only centred."""
+PERCENTILE, EXTREME = 2.3263, 3.0
+"""Deviations from the mean where a normal distribution has its 99th percentile, and where its extremes are put."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,20 @@ class Normaliser(nn.Module):
         mask = statistics.get("mask", [True] * size)
         self.mask.copy_(_vector(mask, size, torch.bool, f"{source}, 'mask'"))
         self.statistics.copy_(rows)
+
+    def fit_moments(self, mean: Array, std: Array) -> None:
+        """Use the statistics of a normal distribution with this mean and deviation [S], those of demonstrations."""
+        mean, std = np.asarray(mean, np.float64), np.where(np.asarray(std) > CONSTANT, std, 1.0)
+        ends = {"min": -EXTREME, "max": EXTREME, "q01": -PERCENTILE, "q99": PERCENTILE}
+        moments = {"mean": mean, "std": std, **{name: mean + at * std for name, at in ends.items()}}
+        self.fit(moments, "the demonstrations' statistics")
+
+    def fit_bounds(self, low: Sequence[float], high: Sequence[float]) -> None:
+        """Map what lies between these bounds [S] to [-1, 1]; bounds that are not finite change nothing."""
+        below, above = np.array(low), np.array(high)
+        if np.isfinite([below, above]).all():
+            moments = {"mean": (above + below) / 2, "std": (above - below) / 2}
+            self.fit(moments | {"min": below, "max": above, "q01": below, "q99": above}, "the action bounds")
 
     def as_dict(self) -> dict[str, list[float]]:
         """The statistics as `fit` takes them."""

@@ -146,6 +146,13 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:SHOWN]) + more
 
 
+def save_heads(folder: Path, heads: Mapping[str, nn.Module | None]) -> None:
+    """Write `heads` for `load_heads`, to a file of their own that only we read. Raises `UserError` as `write_weights`
+    does."""
+    own = {f"{name}.{key}": value for name, head in heads.items() if head for key, value in head.state_dict().items()}
+    write_weights(folder, own, "heads")
+
+
 def load_heads(folder: Path, heads: Mapping[str, nn.Module | None]) -> None:
     """Weights of `folder`/heads.safetensors for those of `heads` that it has; the others stay new. Raises `UserError`
     for other sizes."""

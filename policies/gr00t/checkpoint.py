@@ -21,7 +21,7 @@ from embodied_rl.errors import UserError
 from embodied_rl.policies.gr00t.network import Network
 from embodied_rl.policies.gr00t.sizes import NetworkConfig
 from embodied_rl.policies.normalization import read_statistics
-from embodied_rl.policies.pretrained import load_strict, read_json, read_weights, write_weights
+from embodied_rl.policies.pretrained import load_strict, read_json, read_weights, save_heads, write_weights
 
 TOKEN_TABLE = "backbone.eagle_model.language_model.model.embed_tokens.weight"
 OUTPUT_LAYER = "backbone.eagle_model.language_model.lm_head.weight"
@@ -167,8 +167,7 @@ def save(
     whole = {table if key == TOKEN_TABLE else key: value for key, value in weights.items()}
     whole |= {} if unused is None else {OUTPUT_LAYER: unused}
     write_weights(folder, {key: whole[key] for key in sorted(whole)})
-    own = {f"{name}.{key}": value for name, head in heads.items() if head for key, value in head.state_dict().items()}
-    write_weights(folder, own, "heads")
+    save_heads(folder, heads)
 
 
 def _vector(value: Any) -> list[Any]:

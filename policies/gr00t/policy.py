@@ -25,8 +25,6 @@ from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, pick_state
 from embodied_rl.types import Array, Observation
 
-SPREAD = 3.0
-"""Deviations that statistics without a minimum and a maximum are taken to reach."""
 NOISE_CUT = 0.999
 """The reference's s: times drawn from a Beta distribution are divided by it."""
 
@@ -126,9 +124,7 @@ class Gr00tPolicy(FlowPolicy):
     def set_statistics(self, mean: Array, std: Array) -> None:
         """Normalise states with these statistics [S] from now on; those of a checkpoint stay."""
         if self.checkpoint is None:
-            mean, reach = np.asarray(mean, np.float64), SPREAD * np.asarray(std, np.float64)
-            statistics: dict[str, Array] = {"min": mean - reach, "max": mean + reach}
-            self.state_normaliser.fit(statistics, "the demonstrations' statistics")
+            self.state_normaliser.fit_moments(mean, std)
 
     # -- the network ---------------------------------------------------------------------------------------------
 
@@ -263,10 +259,7 @@ class Gr00tPolicy(FlowPolicy):
             self.state_normaliser.fit(*self.checkpoint.statistics(tag, "state", config.state_keys, size))
             self.action_normaliser.fit(*self.checkpoint.statistics(tag, "action", config.action_keys, dim))
             return
-        low, high = np.array(self.action_spec.low), np.array(self.action_spec.high)
-        if np.isfinite(low).all() and np.isfinite(high).all():
-            bounds: dict[str, Array] = {"min": low, "max": high}
-            self.action_normaliser.fit(bounds, "the action bounds")
+        self.action_normaliser.fit_bounds(self.action_spec.low, self.action_spec.high)
 
 
 def _describe(features: Tensor, inputs: Inputs) -> Tensor:

@@ -10,13 +10,14 @@ from embodied_rl.policies.openvla.architecture import SIZES, Architecture
 from embodied_rl.policies.openvla.preprocessing import Resize
 from embodied_rl.policies.openvla.prompts import Template, Tokenize
 from embodied_rl.policies.openvla.tokens import Vocabulary
-from embodied_rl.specs import ActionSpec, ObservationSpec
+from embodied_rl.specs import ActionSpec, ObservationSpec, pick_state
 
 if TYPE_CHECKING:
     from embodied_rl.policies.openvla.checkpoint import Checkpoint
     from embodied_rl.policies.openvla.policy import OpenVLAPolicy
 
 GROUPS = ("vision", "projector", "language", "heads", "value")
+PUBLISHED = tuple(SIZES)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class OpenVLAConfig:
         """K."""
         return 1
 
+    @property
+    def published(self) -> bool:
+        """The sizes are published ones: trained from a checkpoint, not from random weights."""
+        return bool(self.checkpoint) or self.size in PUBLISHED
+
     def build(
         self, observation_spec: ObservationSpec, action_spec: ActionSpec, tokenize: Tokenize | None = None
     ) -> OpenVLAPolicy:
@@ -94,14 +100,16 @@ class OpenVLAConfig:
         `SpecError` when it cannot serve them and `UserError` when the checkpoint is not what it should be."""
         from embodied_rl.policies.openvla.autoregressive import AutoregressivePolicy
 
-        checkpoint, architecture = self._source()
+        checkpoint, architecture = self._source(observation_spec.state, action_spec.dim)
         if architecture.regression or architecture.film or architecture.proprio_dim or architecture.horizon > 1:
             raise UserError(f"{self.checkpoint or self.size} is OpenVLA-OFT: use policy openvla_oft")
         return AutoregressivePolicy(self, architecture, checkpoint, observation_spec, action_spec, tokenize)
 
-    def _source(self) -> tuple[Checkpoint | None, Architecture]:
+    def _source(self, state: int, action: int) -> tuple[Checkpoint | None, Architecture]:
+        """A network that comes from no folder takes as many states and actions as there are."""
         if not self.checkpoint:
-            return None, SIZES[self.size]
+            sizes = SIZES[self.size]
+            return None, replace(sizes, action_dim=action, proprio_dim=state if sizes.proprio_dim else 0)
         from embodied_rl.policies.openvla.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(self.checkpoint, self.unnorm_key)
@@ -146,7 +154,8 @@ class OpenVLAOFTConfig(OpenVLAConfig):
     ) -> OpenVLAPolicy:
         from embodied_rl.policies.openvla.parallel import ParallelPolicy, RegressionPolicy
 
-        checkpoint, architecture = self._source()
+        seen = pick_state(observation_spec, self.state)
+        checkpoint, architecture = self._source(seen.state, action_spec.dim)
         architecture = replace(architecture, horizon=self.horizon)
         kind = RegressionPolicy if architecture.regression else ParallelPolicy
         return kind(self, architecture, checkpoint, observation_spec, action_spec, tokenize)

@@ -23,8 +23,9 @@ from embodied_rl.policies.openvla.heads import token_value_head
 from embodied_rl.policies.openvla.network import OpenVLANetwork
 from embodied_rl.policies.openvla.preprocessing import ImageProcessor, Preprocessing
 from embodied_rl.policies.openvla.prompts import Prompts, Tokenize, llama_bytes, local_tokenizer
+from embodied_rl.policies.pretrained import load_heads, save_heads
 from embodied_rl.specs import CAMERA_ALIASES, ActionSpec, CameraSpec, ObservationSpec, pick_state
-from embodied_rl.types import Observation
+from embodied_rl.types import Array, Observation
 
 GROUP_OF = {
     "vision_backbone": "vision",
@@ -65,7 +66,9 @@ class OpenVLAPolicy(Policy):
         self.observation_spec = _observation_spec(config, architecture.proprio_dim, observation_spec)
         self.action_normaliser = Normaliser(config.convention, architecture.action_dim)
         self.state_normaliser = Normaliser(config.convention, architecture.proprio_dim)
-        if checkpoint is not None:
+        if checkpoint is None:
+            self.action_normaliser.fit_bounds(action_spec.low, action_spec.high)
+        else:
             self._fit(checkpoint)
         self.action_spec = self._action_spec(action_spec)
         if tokenize is None:
@@ -81,6 +84,8 @@ class OpenVLAPolicy(Policy):
         pad = self.network.pad_token
         self.prompts = Prompts(tokenize, config.prompt, config.prompt_length, pad, config.empty_token)
         self.preprocessing = Preprocessing(config.resize, config.center_crop)
+        if checkpoint is not None:
+            load_heads(checkpoint.folder, {"value_head": self.value_head})
         self._choose_trained()
         self.network.set_checkpointing(config.gradient_checkpointing)
 
@@ -108,6 +113,12 @@ class OpenVLAPolicy(Policy):
         if self.architecture.proprio_dim:
             inputs["state"] = torch.tensor(observation.state, dtype=torch.float32)
         return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def set_statistics(self, mean: Array, std: Array) -> None:
+        """Normalise states with these statistics [S] from now on, where the network takes a state; those of a
+        checkpoint stay."""
+        if self.checkpoint is None and self.architecture.proprio_dim:
+            self.state_normaliser.fit_moments(mean, std)
 
     def prefix(self, inputs: Inputs, stop_token: bool = False) -> tuple[Tensor, Tensor]:
         """Embeddings [B,S,hidden] of everything before the actions, and which are valid [B,S]."""
@@ -176,10 +187,12 @@ class OpenVLAPolicy(Policy):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint folder in the layout, names and precision of the one it was loaded from, adapters merged.
-        The value head is not part of it. Raises `UserError` for a policy that was not loaded from one."""
+        The value head goes to a file of its own, which only this policy reads. Raises `UserError` for a policy that was
+        not loaded from a folder."""
         if self.checkpoint is None:
             raise UserError("a policy of random weights has no checkpoint layout to be saved in; load one first")
         save_network(self.network, self.checkpoint, Path(folder))
+        save_heads(Path(folder), {"value_head": self.value_head})
 
     def _fit(self, checkpoint: Checkpoint) -> None:
         fitted = {"action": self.action_normaliser}

@@ -17,7 +17,7 @@ from embodied_rl.policies.pi0.checkpoint import to_published
 from embodied_rl.policies.pi0.config import GEMMA_2B, GEMMA_300M
 from embodied_rl.policies.pi0.network import NetworkConfig
 from embodied_rl.policies.pi0.statistics import LEROBOT_MODES
-from embodied_rl.policies.pretrained import write_weights
+from embodied_rl.policies.pretrained import save_heads, write_weights
 
 if TYPE_CHECKING:
     from embodied_rl.policies.normalization import Normaliser
@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+OPENPI_STATISTICS = ("mean", "std", "q01", "q99")
 NORMALISER = "policy_preprocessor_step_0_normalizer_processor.safetensors"
 UNNORMALISER = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 
@@ -57,9 +58,7 @@ def save(policy: Pi0Policy, folder: Path, layout: str | None) -> None:
         raise UserError(f"cannot write {folder}: {error}; free disk space or choose another place") from error
     whole = to_published(merged_weights(policy.network), _unused(policy), layout == "lerobot")
     write_weights(folder, whole, shard_bytes=math.inf)  # both loaders want one file
-    heads = {"value_head": policy.value_head, "noise_head": policy.noise_head}
-    own = {f"{name}.{key}": value for name, head in heads.items() if head for key, value in head.state_dict().items()}
-    write_weights(folder, own, "heads", math.inf)
+    save_heads(folder, {"value_head": policy.value_head, "noise_head": policy.noise_head})
 
 
 def _unused(policy: Pi0Policy) -> Tensor:
@@ -86,7 +85,7 @@ def _write_openpi(policy: Pi0Policy, folder: Path) -> None:
                 f"openpi normalises {policy.config.name} by {wanted}, this policy's {name} by {normaliser.name}: "
                 f"save it in the layout 'lerobot'"
             )
-        statistics[name] = normaliser.as_dict()
+        statistics[name] = {key: value for key, value in normaliser.as_dict().items() if key in OPENPI_STATISTICS}
     config = {"action_dim": sizes.action_dim, "action_horizon": policy.horizon, "precision": _precision(policy)}
     _write_json(folder / "config.json", config | _variants(sizes))
     _write_json(folder / "assets" / "embodied_rl" / "norm_stats.json", {"norm_stats": statistics})

@@ -33,9 +33,6 @@ from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, pick_state
 from embodied_rl.types import Array, Observation
 
-QUANTILE_99 = 2.3263
-"""Deviations of a normal distribution below its 99th percentile."""
-
 
 class Pi0Policy(FlowPolicy):
     """Network actions are the simulator's, normalised with the checkpoint's statistics and padded with zeros to D.
@@ -138,16 +135,16 @@ class Pi0Policy(FlowPolicy):
     def set_statistics(self, mean: Array, std: Array) -> None:
         """Normalise states with these statistics [S] from now on; those of a checkpoint stay."""
         if self.checkpoint is None:
-            mean, std = np.asarray(mean, np.float64), np.maximum(std, 1e-4)
-            quantiles = {"q01": mean - QUANTILE_99 * std, "q99": mean + QUANTILE_99 * std}
-            self.state_normaliser.fit({"mean": mean, "std": std, **quantiles}, "the demonstrations' statistics")
+            self.state_normaliser.fit_moments(mean, std)
 
     # -- the network ---------------------------------------------------------------------------------------------
 
     def encode(self, inputs: Inputs) -> Prefix:
         images = {name: inputs[f"image.{name}"] for name in self.views}
         masks = {name: inputs[f"image_mask.{name}"] for name in self.views}
-        return self.network.encode(images, masks, inputs["tokens"], inputs["token_mask"], inputs.get("state"))
+        tokens, mask = inputs["tokens"], inputs["token_mask"]
+        longest = mask.shape[1] if mask.is_meta else int(mask.sum(1).max())  # nothing sees the padding behind
+        return self.network.encode(images, masks, tokens[:, :longest], mask[:, :longest], inputs.get("state"))
 
     def velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(v [B,H,D], the action expert's last hidden layer [B,H,W])."""
@@ -210,6 +207,8 @@ class Pi0Policy(FlowPolicy):
         return groups
 
     def _choose_trained(self) -> None:
+        if not self.config.value_trains_prefix:
+            self.network.language.freeze_output()
         if self.config.lora_rank:
             from embodied_rl.policies.lora import add_lora, linear_layers  # peft is slow to import
 
@@ -265,10 +264,7 @@ class Pi0Policy(FlowPolicy):
         convention = "openpi_quantile" if adaptive else "openpi_mean_std"
         self.state_normaliser = Normaliser(convention, size)
         self.action_normaliser = Normaliser(convention, dim)
-        low, high = np.array(self.action_spec.low), np.array(self.action_spec.high)
-        if np.isfinite(low).all() and np.isfinite(high).all():
-            statistics = {"mean": (high + low) / 2, "std": (high - low) / 2, "q01": low, "q99": high}
-            self.action_normaliser.fit(statistics, "the action bounds")
+        self.action_normaliser.fit_bounds(self.action_spec.low, self.action_spec.high)
 
 
 FLOAT32 = ("norm", "embeddings.", "projector.", "action_", "state_proj.", "time_mlp_")

@@ -7,7 +7,7 @@ import numpy as np
 import pi0_toys
 import pytest
 import torch
-from test_openvla import ACTION, parallel
+from openvla_toys import ACTION, parallel
 
 from embodied_rl.algorithms.imitation import ImitationConfig
 from embodied_rl.algorithms.ppo import PPOConfig

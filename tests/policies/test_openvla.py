@@ -7,6 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from openvla_toys import (
+    ACTION,
+    OBSERVATION,
+    SMALL,
+    TEXT,
+    TINY,
+    VISION,
+    autoregressive,
+    parallel,
+    regression,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -15,50 +26,15 @@ from embodied_rl.algorithms.ppo import PPOConfig
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies import check
 from embodied_rl.policies.check import synthesise
-from embodied_rl.policies.openvla.architecture import SIZES, Architecture
-from embodied_rl.policies.openvla.autoregressive import AutoregressivePolicy
+from embodied_rl.policies.openvla.architecture import SIZES
 from embodied_rl.policies.openvla.checkpoint import exported_weights
 from embodied_rl.policies.openvla.config import OpenVLAConfig, OpenVLAOFTConfig
 from embodied_rl.policies.openvla.network import OpenVLANetwork
-from embodied_rl.policies.openvla.parallel import ParallelPolicy, RegressionPolicy
 from embodied_rl.policies.openvla.tokens import TokenDistribution, choose
 from embodied_rl.randomness import RowNoise
 from embodied_rl.registry import policies
-from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, connect
+from embodied_rl.specs import ActionSpec, ObservationSpec, connect
 from embodied_rl.types import Trajectory
-
-VISION = {"depth": 2, "embed_dim": 16, "num_heads": 2}
-TEXT = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 704,
-    "pad_token_id": 640,
-}
-TINY = Architecture(vision_options=(VISION, VISION), image_size=28, text=TEXT, action_dim=3)
-OBSERVATION = ObservationSpec(state=4, cameras={"agentview": CameraSpec(40, 32), "wrist": CameraSpec(28, 28)})
-ACTION = ActionSpec((-1.0,) * 3, (1.0,) * 3, (0.0, 0.0, -1.0), gripper=2, gripper_open=-1)
-SMALL = {"dtype": "float32", "prompt_length": 80, "empty_token": 300}
-
-
-def autoregressive(**settings):
-    torch.manual_seed(0)
-    return AutoregressivePolicy(OpenVLAConfig(**SMALL | settings), TINY, None, OBSERVATION, ACTION)
-
-
-def parallel(kind=ParallelPolicy, sizes=None, seen=OBSERVATION, **settings):
-    torch.manual_seed(0)
-    config = OpenVLAOFTConfig(**SMALL | {"horizon": 2} | settings)
-    architecture = replace(TINY, horizon=2, **sizes or {})
-    return kind(config, architecture, None, seen, ACTION)
-
-
-def regression(**settings):
-    sizes = {"regression": True, "film": True, "vision_lora_rank": 2, "proprio_dim": 4}
-    return parallel(RegressionPolicy, sizes, cameras=("primary", "wrist"), **settings)
 
 
 def inputs_of(policy):
@@ -288,6 +264,30 @@ def test_without_a_value_head_there_is_no_value():
         policy.value(inputs)
 
 
+@pytest.mark.parametrize("normalization", ["bounds_q99", "bounds"])
+def test_random_weights_fit_the_simulator_and_the_demonstrations(normalization, monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", replace(TINY, proprio_dim=9, regression=True))
+    seen, action = replace(OBSERVATION, state=6), ActionSpec((-2.0, 0.0), (2.0, 5.0), (0.0, 0.0))
+    config = OpenVLAOFTConfig(**SMALL, size="tiny", horizon=2, normalization=normalization)
+    policy = config.build(seen, action)
+    assert (policy.observation_spec.state, policy.architecture.action_dim) == (6, 2)
+    ends = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    torch.testing.assert_close(policy.to_simulator(ends), torch.tensor([[-2.0, 0.0], [2.0, 5.0]]))
+    mean, std = np.arange(6.0), np.array([1.0, 2.0, 3.0, 1.0, 1.0, 0.0])
+    policy.set_statistics(mean, std)
+    reach = {"bounds_q99": 2.3263, "bounds": 3.0}[normalization] * np.array([1.0, 2.0, 3.0, 1.0, 1.0, 1.0])
+    for at in (-1.0, 0.5, 0.0, 1.0, 2.0):
+        normalised = policy.state_normaliser.normalise(torch.from_numpy(mean + at * reach))
+        torch.testing.assert_close(normalised, torch.full((6,), at).double().clamp(-1, 1), atol=1e-7, rtol=0)
+
+
+def test_without_a_state_there_are_no_statistics_of_it(monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+    policy = OpenVLAConfig(**SMALL, size="tiny").build(OBSERVATION, ACTION)
+    policy.set_statistics(np.zeros(4), np.ones(4))
+    assert policy.observation_spec.state == 0
+
+
 # -- checkpoint folders --------------------------------------------------------------------------------------------
 
 STATISTICS = {
@@ -382,6 +382,19 @@ def test_adapters_are_merged_on_export_into_the_layout_that_was_loaded(folder, t
     inputs = inputs_of(policy)
     torch.testing.assert_close(again.features(inputs), policy.features(inputs), atol=2e-2, rtol=2e-2)
     assert not torch.allclose(load(folder).features(inputs), policy.features(inputs), atol=2e-2, rtol=2e-2)
+
+
+def test_a_saved_value_head_comes_back(folder, tmp_path):
+    policy = load(folder)
+    assert not (folder / "heads.safetensors").exists()
+    inputs = inputs_of(policy)
+    policy.save_pretrained(tmp_path / "saved")
+    torch.manual_seed(1)
+    again, without = load(tmp_path / "saved"), load(tmp_path / "saved", value_head=False)
+    torch.testing.assert_close(again.value(inputs), policy.value(inputs))
+    assert without.value_head is None
+    again.save_pretrained(tmp_path / "twice")
+    torch.testing.assert_close(load(tmp_path / "twice").value(inputs), policy.value(inputs))
 
 
 def drop_key(folder):

@@ -119,7 +119,8 @@ def test_a_checkpoint_keeps_its_statistics(tmp_path):
     policy.save_pretrained(tmp_path)
     loaded = reload(tmp_path, False)
     loaded.set_statistics(np.full(5, 9.0), np.ones(5))
-    assert loaded.state_normaliser.as_dict() == policy.state_normaliser.as_dict()
+    kept, before = loaded.state_normaliser.as_dict(), policy.state_normaliser.as_dict()
+    assert kept == {name: before[name] for name in ("mean", "std", "q01", "q99")}  # what openpi's files hold
 
 
 def test_statistics_may_cover_the_padding_but_not_more(tmp_path):
