@@ -142,9 +142,7 @@ class Pi0Policy(FlowPolicy):
     def encode(self, inputs: Inputs) -> Prefix:
         images = {name: inputs[f"image.{name}"] for name in self.views}
         masks = {name: inputs[f"image_mask.{name}"] for name in self.views}
-        tokens, mask = inputs["tokens"], inputs["token_mask"]
-        longest = mask.shape[1] if mask.is_meta else int(mask.sum(1).max())  # nothing sees the padding behind
-        return self.network.encode(images, masks, tokens[:, :longest], mask[:, :longest], inputs.get("state"))
+        return self.network.encode(images, masks, inputs["tokens"], inputs["token_mask"], inputs.get("state"))
 
     def velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(v [B,H,D], the action expert's last hidden layer [B,H,W])."""
@@ -207,8 +205,6 @@ class Pi0Policy(FlowPolicy):
         return groups
 
     def _choose_trained(self) -> None:
-        if not self.config.value_trains_prefix:
-            self.network.language.freeze_output()
         if self.config.lora_rank:
             from embodied_rl.policies.lora import add_lora, linear_layers  # peft is slow to import
 
