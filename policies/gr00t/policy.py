@@ -18,6 +18,7 @@ from embodied_rl.policies.gr00t.checkpoint import Checkpoint, describe, save
 from embodied_rl.policies.gr00t.config import EMBODIMENTS, GROUPS, Gr00tConfig
 from embodied_rl.policies.gr00t.network import Network, Prefix
 from embodied_rl.policies.gr00t.preprocessing import MinMax, Tokenizer, choose_cameras, load_tokenizer, prompt, see
+from embodied_rl.policies.images import require_images
 from embodied_rl.policies.mlp import mlp
 from embodied_rl.policies.pi0.preprocessing import pad
 from embodied_rl.policies.pretrained import load_heads
@@ -97,7 +98,8 @@ class Gr00tPolicy(FlowPolicy):
     def prepare(self, observation: Observation) -> Inputs:
         """image.CAMERA uint8 [B,S,S,3], black where a row has no such camera; tokens int64 and token_mask bool [B,T];
         the normalised and padded state float32 [B,state_dim]. Raises `UserError` for an instruction that is too
-        long."""
+        long and for images of another type."""
+        require_images(observation, self.cameras)
         size = self.config.network.backbone.vision.image
         inputs: dict[str, Tensor] = {
             f"image.{name}": see(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies.base import Inputs, Policy, require_continuous
+from embodied_rl.policies.images import require_images
 from embodied_rl.policies.lora import add_lora, linear_layers
 from embodied_rl.policies.normalization import Normaliser, read_statistics
 from embodied_rl.policies.openvla.architecture import Architecture
@@ -103,7 +104,9 @@ class OpenVLAPolicy(Policy):
     # -- observations and actions --------------------------------------------------------------------------------
 
     def prepare(self, observation: Observation) -> Inputs:
-        """A row without one of the cameras sees black there."""
+        """A row without one of the cameras sees black there. Raises `UserError` for an instruction that is too long and
+        for images of another type."""
+        require_images(observation, self.observation_spec.cameras)
         size = self.processor.size
         images = np.zeros((len(observation), len(self.observation_spec.cameras), size, size, 3), np.uint8)
         for place, camera in enumerate(self.observation_spec.cameras):

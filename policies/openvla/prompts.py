@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal
 
 import numpy as np
@@ -35,7 +36,7 @@ class Prompts:
         self._known: dict[str, np.ndarray] = {}
 
     def __call__(self, instructions: Sequence[str]) -> np.ndarray:
-        """Raises `UserError` for an instruction that does not fit into `length`."""
+        """Raises `UserError` naming an instruction that does not fit into `length`."""
         return np.stack([self._row(instruction) for instruction in instructions])
 
     def _row(self, instruction: str) -> np.ndarray:
@@ -45,7 +46,7 @@ class Prompts:
             ids = ids[1:] if ids[-1] == self.empty_token else [*ids[1:], self.empty_token]
             if len(ids) > self.length:
                 raise UserError(
-                    f"the prompt for '{instruction}' has {len(ids)} tokens: set the policy's prompt_length to at "
+                    f"the prompt for '{shorten(instruction, 60)}' has {len(ids)} tokens: set the policy's prompt_length to at "
                     f"least that, not {self.length}"
                 )
             self._known[instruction] = np.array([self.pad_token] * (self.length - len(ids)) + ids, np.int64)

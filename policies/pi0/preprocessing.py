@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Protocol
 
 import numpy as np
@@ -129,7 +130,7 @@ def pad(prompts: Sequence[Sequence[int]], instructions: Sequence[str], length: i
     for row, (prompt, instruction) in enumerate(zip(prompts, instructions, strict=True)):
         if len(prompt) > length:
             raise UserError(
-                f"the prompt of '{instruction}' has {len(prompt)} tokens, the policy takes {length}: shorten the "
+                f"the prompt of '{shorten(instruction, 60)}' has {len(prompt)} tokens, the policy takes {length}: shorten the "
                 f"instruction or raise --policy.prompt-length"
             )
         tokens[row, : len(prompt)] = prompt
