@@ -123,7 +123,6 @@ class GRPO(PolicyGradient, EpisodicAlgorithm):
         (within groups) of all episodes, groups, uniform_groups (share), decisions, updates. Raises `UserError` when one
         of them is not finite, leaving the policy as it was before that update.
         """
-        self.iterations += 1
         score, group = self._scored(batch.episodes)
         _, std = group_statistics(score, group)
         data = {
@@ -134,7 +133,7 @@ class GRPO(PolicyGradient, EpisodicAlgorithm):
             "advantages": self.advantages(batch).to(batch.log_prob),
             "weight": episode_weights(batch.valid, batch.tickets),
         }
-        return self.improve(data, generator) | {
+        return self.improve(data, batch.version, generator) | {
             "score": float(score.mean()),
             "score_std": float(std.mean()),
             "groups": float(len(group.unique())),
@@ -168,7 +167,7 @@ class GRPO(PolicyGradient, EpisodicAlgorithm):
         begin = count.cumsum(0) - count
         column = torch.empty_like(row)
         column[order] = torch.arange(len(row)) - begin[row[order]]
-        reward = torch.zeros(len(score), int(count.max()) if len(row) else 0, dtype=torch.float64)
+        reward = torch.zeros(len(score), int(count.max().clamp(min=1)), dtype=torch.float64)
         reward[row, column] = paid
         present = count > 0
         reward[present, count[present] - 1] += (score - reward.sum(1))[present]

@@ -91,6 +91,15 @@ def importance_weight(proximal: Tensor, behavior: Tensor, mask: Tensor, limit: f
     return torch.where(mask & (weight <= limit), weight, 0.0)
 
 
+def interpolate(behavior: Tensor, log_prob: Tensor, lag: int) -> Tensor:
+    """Log-probs of the weights at the start of an update, between those of the weights that acted `lag` >= 0 updates
+    earlier and the current ones, as if every update had moved them alike:
+
+        behavior + lag / (lag + 1) * (log_prob - behavior)
+    """
+    return torch.lerp(behavior, log_prob, lag / (lag + 1))
+
+
 def value_loss(
     value: Tensor,
     old_value: Tensor,

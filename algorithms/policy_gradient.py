@@ -15,6 +15,7 @@ from embodied_rl.algorithms.losses import (
     Granularity,
     aggregate,
     importance_weight,
+    interpolate,
     kl_estimate,
     policy_loss,
     segment_sums,
@@ -60,8 +61,14 @@ class PolicyGradientConfig:
     """Of each optimizer's own parameters."""
     target_kl: float | None = None
     """Stop learning from a batch when a minibatch shows a larger approximate KL."""
+    adapt_to_kl: float | None = None
+    """Approximate KL that a batch should move the policy by: its learning rate is divided by 1.5 after one that moved
+    it more than twice as far, and multiplied by 1.5 after one that moved it less than half as far."""
     staleness: int = 0
     """Updates by which the weights that collect may be behind; above 0 the loss is decoupled (asynchronous PPO)."""
+    proximal: Literal["recomputed", "interpolated"] = "recomputed"
+    """Log-probs that the decoupled loss clips around, those of the weights at the start of an update: by another pass
+    over the batch, or estimated from those of the weights that collected it and the current ones."""
     max_importance_weight: float = 2.0
     """Of the decoupled loss: what the weights at the start of an update make more likely than the weights that
     collected it by more than this factor is left out."""
@@ -75,6 +82,9 @@ class PolicyGradientConfig:
             )
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError(f"algorithm: dual_clip must be above 1, not {self.dual_clip}; none switches it off")
+        for name in ("target_kl", "adapt_to_kl"):
+            if (wanted := getattr(self, name)) is not None and wanted <= 0:
+                raise UserError(f"algorithm: {name} must be above 0, not {wanted}; none switches it off")
         if self.kl_coefficient < 0 or self.staleness < 0:
             raise UserError("algorithm: kl_coefficient and staleness must not be negative")
         if self.max_importance_weight <= 1:
@@ -95,19 +105,24 @@ class PolicyGradient(Algorithm):
         self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coefficient else None
         self.iterations = 0
         self.updates = 0
+        self.lag = 0
+        """Updates by which the weights that collected the current batch were behind."""
 
     @property
     def staleness(self) -> int:
         return self.config.staleness
 
-    def improve(self, data: Batch, generator: torch.Generator) -> Metrics:
-        """Several epochs over the rows of `data`: the means of the metrics over the updates made, decisions, updates.
-        Raises `UserError` when one is not finite, leaving the policy as it was before that update."""
+    def improve(self, data: Batch, version: int, generator: torch.Generator) -> Metrics:
+        """Several epochs over the rows of `data`, which weights `version` collected: the means of the metrics over the
+        updates made, decisions, updates. Raises `UserError` when one is not finite, leaving the policy as it was before
+        that update."""
+        self.iterations += 1
+        self.lag = self.iterations - 1 - version
         rows = len(data["log_prob"])
         if rows == 0:
             return {"decisions": 0.0, "updates": 0.0}
         seed_policy_draws(generator, self.policy.device)
-        if self.config.staleness:
+        if self.config.staleness and self.config.proximal == "recomputed":
             data = data | {"proximal": self._scores(self.policy, data)}
         if self.reference is not None:
             data = data | {"reference": self._scores(self.reference, data)}
@@ -117,6 +132,9 @@ class PolicyGradient(Algorithm):
             if metrics is None:
                 break
             history.append(metrics)
+        if history and self.config.adapt_to_kl is not None and "approx_kl" in history[-1]:
+            last = history[-self.config.minibatches :]
+            self._adapt(sum(metrics["approx_kl"] for metrics in last) / len(last))
         means = {name: sum(metrics[name] for metrics in history) / len(history) for name in (history or [{}])[0]}
         return means | {"decisions": float(rows), "updates": float(len(history))}
 
@@ -147,7 +165,12 @@ class PolicyGradient(Algorithm):
                 return aggregate(x, mask, "rows", batch["weight"])
             return aggregate(x, mask, config.mean_over)
 
-        old = sums(batch["proximal"])[0] if config.staleness else behavior
+        if not config.staleness:
+            old = behavior
+        elif config.proximal == "recomputed":
+            old, _ = sums(batch["proximal"])
+        else:
+            old = interpolate(behavior, log_prob.detach(), self.lag)
         advantages = batch["advantages"][:, None]
         losses, clipped = policy_loss(
             log_prob, old, advantages, mask, config.clip_low, config.clip_high, config.dual_clip
@@ -179,6 +202,14 @@ class PolicyGradient(Algorithm):
         apply(optimizers, norms, self.config.max_grad_norm)
         self.updates += 1
         return values
+
+    def _adapt(self, kl: float) -> None:
+        wanted = self.config.adapt_to_kl
+        factor = 1 / 1.5 if kl > 2 * wanted else 1.5 if kl < wanted / 2 else 1.0
+        for group in self.policy_optimizer.param_groups:
+            group["lr"] = min(
+                max(group["lr"] * factor, self.config.learning_rate / 100), self.config.learning_rate * 100
+            )
 
     def _minibatches(self, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Row indices of every minibatch of every epoch, each epoch in a fresh order."""

@@ -68,9 +68,8 @@ class PPO(PolicyGradient, OnPolicyAlgorithm):
         updates made), explained_variance, value, return, decisions, updates. Raises `UserError` when one of them is not
         finite, leaving the policy as it was before that update.
         """
-        self.iterations += 1
         data = self.prepare(trajectory)
-        metrics = self.improve(data, generator)
+        metrics = self.improve(data, trajectory.version, generator)
         if not metrics["decisions"]:
             return metrics
         summary = {
