@@ -46,8 +46,8 @@ class Prompts:
             ids = ids[1:] if ids[-1] == self.empty_token else [*ids[1:], self.empty_token]
             if len(ids) > self.length:
                 raise UserError(
-                    f"the prompt for '{shorten(instruction, 60)}' has {len(ids)} tokens: set the policy's prompt_length to at "
-                    f"least that, not {self.length}"
+                    f"the prompt for '{shorten(instruction, 60)}' has {len(ids)} tokens: set the policy's "
+                    f"prompt_length to at least that, not {self.length}"
                 )
             self._known[instruction] = np.array([self.pad_token] * (self.length - len(ids)) + ids, np.int64)
         return self._known[instruction]

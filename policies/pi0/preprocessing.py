@@ -130,8 +130,8 @@ def pad(prompts: Sequence[Sequence[int]], instructions: Sequence[str], length: i
     for row, (prompt, instruction) in enumerate(zip(prompts, instructions, strict=True)):
         if len(prompt) > length:
             raise UserError(
-                f"the prompt of '{shorten(instruction, 60)}' has {len(prompt)} tokens, the policy takes {length}: shorten the "
-                f"instruction or raise --policy.prompt-length"
+                f"the prompt of '{shorten(instruction, 60)}' has {len(prompt)} tokens, the policy takes {length}: "
+                f"shorten the instruction or raise --policy.prompt-length"
             )
         tokens[row, : len(prompt)] = prompt
         mask[row, : len(prompt)] = True
