@@ -14,8 +14,9 @@ ADAPTER = "default"
 
 
 def linear_layers(module: nn.Module) -> list[str]:
-    """Names of the linear layers below `module`: what LoRA usually adapts."""
-    return [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    """Names of the linear layers below `module` that are trained: what LoRA usually adapts."""
+    layers = module.named_modules()
+    return [name for name, layer in layers if isinstance(layer, nn.Linear) and layer.weight.requires_grad]
 
 
 def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> None:

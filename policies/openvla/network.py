@@ -37,6 +37,7 @@ class OpenVLANetwork(nn.Module):
         if architecture.vision_lora_rank:
             rank = architecture.vision_lora_rank
             add_lora(self.vision_backbone, adapted_layers(self.vision_backbone), rank, min(rank, 16))
+        self.vision_backbone.freeze_unused()
         self.projector = Projector(self.vision_backbone.width, config.hidden_size)
         self.language_model: Any = LlamaForCausalLM(config)
         if architecture.proprio_dim:

@@ -28,6 +28,13 @@ class FusedVision(nn.Module):
             for transformer in (self.featurizer, self.fused_featurizer):
                 transformer.blocks = nn.ModuleList(FiLMBlock(block, width) for block in transformer.blocks)
 
+    def freeze_unused(self) -> None:
+        """Train nothing behind the features."""
+        for transformer in (self.featurizer, self.fused_featurizer):
+            for part in (transformer.blocks[-1], transformer.norm, transformer.fc_norm, transformer.attn_pool):
+                if part is not None:
+                    part.requires_grad_(False)
+
     @property
     def width(self) -> int:
         """Features per patch."""

@@ -221,6 +221,14 @@ class Gemma(nn.Module):
         x, _, _ = checkpointed(self.checkpointing, self.layers[-1], x, rotary, mask)
         return self.norm(x, None)[0]
 
+    def freeze_output(self) -> None:
+        """Train nothing that `output` alone needs."""
+        last = self.layers[-1]
+        assert isinstance(last, Layer)
+        attention = last.self_attn
+        for part in (attention.q_proj, attention.o_proj, last.post_attention_layernorm, last.mlp, self.norm):
+            part.requires_grad_(False)
+
     def suffix(self, x: Tensor, rotary: Rotary, mask: Tensor, past: list[Past], condition: Tensor | None) -> Tensor:
         """x [B,S,W] after all layers and the final norm, reading `past`."""
         x = x.to(self.dtype)

@@ -205,6 +205,8 @@ class Pi0Policy(FlowPolicy):
         return groups
 
     def _choose_trained(self) -> None:
+        if not self.config.value_trains_prefix:
+            self.network.language.freeze_output()
         if self.config.lora_rank:
             from embodied_rl.policies.lora import add_lora, linear_layers  # peft is slow to import
 
