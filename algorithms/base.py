@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embodied_rl.algorithms.off_policy import OffPolicyConfig, Replay
 from embodied_rl.randomness import RowNoise
 from embodied_rl.types import ActionSample, Episode, EpisodeBatch, Trajectory
 
@@ -73,9 +74,30 @@ class EpisodicAlgorithm(Algorithm):
 
 
 class OffPolicyAlgorithm(Algorithm):
+    config: OffPolicyConfig
+    updates: int
+    """Updates made."""
+    warmup_updates: int = 0
+    """Updates owed at once when learning starts."""
+    exploration: float = 0.0
+    """Standard deviation of Gaussian noise on executed chunks, in units of half the action range."""
+    successes_kept: int = 20_000
+    """How many recent decisions of successful episodes the replay tells from the others."""
+    demonstrations: Literal["chunks", "decisions"] | None = None
+    """What `draw` gets of the demonstrations: their chunks {"inputs", "actions" [M,H,A], "valid" [M,H]}, a `Replay` of
+    their decisions, or nothing."""
+
     def act(self, inputs: dict[str, Tensor], noise: RowNoise) -> ActionSample:
         """How training episodes act (before exploration noise); evaluation acts by the policy alone."""
         return self.policy.act(inputs, deterministic=True, noise=noise)
+
+    def recorded(self, sample: ActionSample) -> Tensor:
+        """What the replay keeps of a decision: the executed actions [N,K,A], or [N,1,Z], one choice for the chunk."""
+        return sample.actions
+
+    @abstractmethod
+    def draw(self, replay: Replay, demonstrations: Any, rng: np.random.Generator) -> dict[str, Any]:
+        """The batch of the next `update`."""
 
     @abstractmethod
     def update(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from embodied_rl.algorithms.batch_renorm import EnsembleBatchRenorm
+from embodied_rl.types import Observation
+
+Norm = Literal["none", "layer", "batch_renorm"]
 
 
 class EnsembleLinear(nn.Module):
@@ -39,15 +46,26 @@ class EnsembleLayerNorm(nn.Module):
 
 
 class CriticEnsemble(nn.Module):
-    """Q(features, executed actions) by E networks of Linear, LayerNorm, ReLU blocks (RLPD, arXiv 2302.02948)."""
+    """Q(features, executed actions) by E networks.
 
-    def __init__(self, inputs: int, hidden: Sequence[int], ensemble: int, seed: int) -> None:
+    `norm` "layer": blocks of Linear, LayerNorm, ReLU (RLPD, arXiv 2302.02948); "batch_renorm": batch renormalisation of
+    the input and after every Linear, ReLU (CrossQ, arXiv 1902.05605); "none": Linear, ReLU (SAC, arXiv 1812.05905).
+    """
+
+    def __init__(self, inputs: int, hidden: Sequence[int], ensemble: int, seed: int, norm: Norm = "layer") -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         sizes = [inputs, *hidden]
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [EnsembleBatchRenorm(ensemble, inputs)] if norm == "batch_renorm" else []
         for size, width in itertools.pairwise(sizes):
-            layers += [EnsembleLinear(ensemble, size, width, generator), EnsembleLayerNorm(ensemble, width), nn.ReLU()]
+            layers.append(EnsembleLinear(ensemble, size, width, generator))
+            match norm:
+                case "layer":
+                    layers += [EnsembleLayerNorm(ensemble, width), nn.ReLU()]
+                case "batch_renorm":
+                    layers += [nn.ReLU(), EnsembleBatchRenorm(ensemble, width)]
+                case "none":
+                    layers.append(nn.ReLU())
         self.layers = nn.Sequential(*layers, EnsembleLinear(ensemble, sizes[-1], 1, generator))
         self.ensemble = ensemble
 
@@ -62,3 +80,19 @@ def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
         list(target.parameters()), list(source.parameters()), tau
     )
+
+
+@torch.no_grad()
+def feature_size(policy: Any) -> int:
+    """F, read off the features of an all-zero observation."""
+    spec = policy.observation_spec
+    zero = Observation(
+        images={name: np.zeros((1, c.height, c.width, 3), np.uint8) for name, c in spec.cameras.items()},
+        image_mask={name: np.ones(1, bool) for name in spec.cameras},
+        state=np.zeros((1, spec.state), np.float32),
+        instruction_id=np.zeros(1, np.int64),
+        task=np.zeros(1, np.int64),
+        instructions=("",),
+        privileged=np.zeros((1, spec.privileged), np.float32) if spec.privileged else None,
+    )
+    return policy.features(policy.prepare(zero)).shape[1]

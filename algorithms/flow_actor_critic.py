@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embodied_rl.algorithms.advantages import chunk_return
 from embodied_rl.algorithms.base import OffPolicyAlgorithm
-from embodied_rl.algorithms.critic import CriticEnsemble, polyak
+from embodied_rl.algorithms.critic import CriticEnsemble, feature_size, polyak
 from embodied_rl.algorithms.imitation import mean_imitation_loss
+from embodied_rl.algorithms.off_policy import GammaPer, OffPolicyConfig, Replay, to_device, transitions
 from embodied_rl.algorithms.optimization import actor_parameters, adam, seed_policy_draws, step
 from embodied_rl.errors import UserError
 from embodied_rl.randomness import RowNoise
-from embodied_rl.types import ActionSample, Observation
+from embodied_rl.types import ActionSample
 
 
 @dataclass(frozen=True)
-class FlowActorCriticConfig:
+class FlowActorCriticConfig(OffPolicyConfig):
     """Off-policy fine-tuning guided by critics."""
 
     critics: int = 2
@@ -36,11 +36,8 @@ class FlowActorCriticConfig:
     learning_rate: float = 1.5e-4
     """Of the policy."""
     critic_learning_rate: float = 5e-4
-    batch_size: int = 256
-    """Decisions per update."""
     gamma: float = 0.95
-    gamma_per: Literal["decision", "step"] = "decision"
-    """"decision" discounts every chunk by gamma, "step" by gamma^executed steps (and within the chunk)."""
+    gamma_per: GammaPer | None = "decision"
     tau: float = 0.01
     """Share of the critic that its target takes over at every update."""
     actor_every: int = 2
@@ -59,19 +56,10 @@ class FlowActorCriticConfig:
     q_warmup_updates: int = 1500
     """First actor updates, over which `q_weight` rises linearly: the critics have seen too little to lead at once."""
     critic_warmup_updates: int = 1500
-    """First updates, which leave the actor alone."""
+    """First updates, which leave the actor alone and are made at once."""
     max_grad_norm: float = 1.0
-    reward_scale: float = 1.0
-    shaping: float = 0.0
-    """Weight of potential-based shaping: reward + discount * potential(next) - potential, with potential 0 after
-    termination, so that the best policy stays the same (Ng, Harada and Russell, ICML 1999). Success is then the reward
-    and the environment's dense reward the potential; with 0 the environment's reward is learned from as it is."""
-    replay_capacity: int = 200_000
-    """Decisions kept."""
     learning_starts: int = 8000
-    """Environment steps collected before the first update."""
     updates_per_decision: float = 0.25
-    """Updates per decision of one environment; the critic's warm-up comes on top, at once."""
     candidates: int = 1
     """Chunks that the policy proposes at every training decision; the one the critics value most is executed (rejection
     sampling, as in IDQL, arXiv 2304.10573). It never leaves what the policy would do, so a young critic can do little
@@ -80,21 +68,28 @@ class FlowActorCriticConfig:
     """Standard deviation of the Gaussian noise on executed chunks, in units of half the action range."""
 
     def __post_init__(self) -> None:
-        for name in ("critics", "batch_size", "anchor_batch_size", "anchor_minimum", "actor_every"):
+        self.require("flow_actor_critic")
+        for name in ("critics", "anchor_batch_size", "anchor_minimum", "actor_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"flow_actor_critic: {name} must be at least 1, not {getattr(self, name)}")
-        for name in ("gamma", "tau"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"flow_actor_critic: {name} must be above 0 and at most 1, not {getattr(self, name)}")
+        if not 0 < self.tau <= 1:
+            raise UserError(f"flow_actor_critic: tau must be above 0 and at most 1, not {self.tau}")
 
     def build(self, policy: Any, seed: int) -> FlowActorCritic:
         """The algorithm on `policy`; `seed` initialises the critics."""
+        self.require_discount("flow_actor_critic", policy.chunk)
         return FlowActorCritic(self, policy, seed)
 
 
 class FlowActorCritic(OffPolicyAlgorithm):
+    config: FlowActorCriticConfig
+    demonstrations = "chunks"
+
     def __init__(self, config: FlowActorCriticConfig, policy: Any, seed: int) -> None:
         self.config = config
+        self.warmup_updates = config.critic_warmup_updates
+        self.exploration = config.exploration_noise
+        self.successes_kept = config.anchor_chunks
         self.policy = policy
         spec = policy.action_spec
         low, high = (torch.tensor(bound, device=policy.device) for bound in (spec.low, spec.high))
@@ -102,7 +97,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
         bounded = low.isfinite() & high.isfinite() & (low < high)
         self._center = torch.where(bounded, (low + high) / 2, 0.0)
         self._scale = torch.where(bounded, 2 / (high - low), 1.0)
-        size = _feature_size(policy) + policy.chunk * spec.dim
+        size = feature_size(policy) + policy.chunk * spec.dim
         self.critic = CriticEnsemble(size, config.critic_hidden, config.critics, seed).to(policy.device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_optimizer = adam(self.critic.parameters(), config.critic_learning_rate)
@@ -115,27 +110,28 @@ class FlowActorCritic(OffPolicyAlgorithm):
         done = self.updates + 1
         return done > self.config.critic_warmup_updates and done % self.config.actor_every == 0
 
+    def draw(self, replay: Replay, demonstrations: Any, rng: np.random.Generator) -> dict[str, Any]:
+        """Decisions, and for an update that trains the actor the anchor: chunks that succeeded, of the demonstrations
+        until there are enough."""
+        config, anchor = self.config, None
+        decisions = replay.sample(config.batch_size, rng)
+        if self.next_update_trains_actor and config.flow_weight:
+            if demonstrations is None or replay.successful >= config.anchor_minimum:
+                anchor = replay.sample_successful(config.anchor_batch_size, rng)
+            else:
+                rows = rng.integers(len(demonstrations["actions"]), size=config.anchor_batch_size)
+                anchor = _rows(demonstrations, torch.from_numpy(rows))
+        return self.batch(decisions, anchor)
+
     def batch(self, replay: dict[str, Any], anchor: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What `update` takes, on the policy's device, from numpy samples of a replay buffer.
-
-        Chunks of the anchor may be shorter than the policy's horizon; what is missing does not count.
-
-        `replay` {"inputs", "next_inputs", "actions" [B,K,A], "valid" [B,K], "reward" [B,K], "terminated" [B],
-        "potential" [B], "next_potential" [B]}; `anchor` {"inputs", "actions" [B,H,A], "valid" [B,H]}.
-        """
-        config = self.config
-        names = ("inputs", "next_inputs", "actions", "valid", "reward", "terminated", "potential", "next_potential")
-        data = {name: _to_device(replay[name], self.policy.device) for name in names}
-        reward, discount = chunk_return(data.pop("reward"), data["valid"], config.gamma, config.gamma_per)
-        discount = torch.where(data.pop("terminated"), 0.0, discount)
-        shaping = discount * data.pop("next_potential") - data.pop("potential")
-        reward = config.reward_scale * reward + config.shaping * shaping
-        return data | {"reward": reward, "discount": discount, "anchor": self._padded(anchor)}
+        """What `update` takes: `transitions` of a sample of a `Replay`, and the anchor {"inputs", "actions" [B,H,A],
+        "valid" [B,H]}, whose chunks may be shorter than the policy's horizon; what is missing does not count."""
+        return transitions(replay, self.config, self.policy.device) | {"anchor": self._padded(anchor)}
 
     def _padded(self, anchor: dict[str, Any] | None) -> dict[str, Any] | None:
         if anchor is None:
             return None
-        data = _to_device(anchor, self.policy.device)
+        data = to_device(anchor, self.policy.device)
         missing = self.policy.horizon - data["actions"].shape[1]
         actions, valid = F.pad(data["actions"], (0, 0, 0, missing)), F.pad(data["valid"], (0, missing))
         return {"inputs": data["inputs"], "actions": actions, "valid": valid}
@@ -222,23 +218,9 @@ class FlowActorCritic(OffPolicyAlgorithm):
         self.updates = int(counters["updates"])
 
 
-def _to_device(data: Any, device: torch.device) -> Any:
-    if isinstance(data, dict):
-        return {name: _to_device(value, device) for name, value in data.items()}
-    return torch.as_tensor(data, device=device)
-
-
-@torch.no_grad()
-def _feature_size(policy: Any) -> int:
-    """F, read off the features of an all-zero observation."""
-    spec = policy.observation_spec
-    zero = Observation(
-        images={name: np.zeros((1, c.height, c.width, 3), np.uint8) for name, c in spec.cameras.items()},
-        image_mask={name: np.ones(1, bool) for name in spec.cameras},
-        state=np.zeros((1, spec.state), np.float32),
-        instruction_id=np.zeros(1, np.int64),
-        task=np.zeros(1, np.int64),
-        instructions=("",),
-        privileged=np.zeros((1, spec.privileged), np.float32) if spec.privileged else None,
-    )
-    return policy.features(policy.prepare(zero)).shape[1]
+def _rows(data: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    return {
+        "inputs": {name: tensor[rows] for name, tensor in data["inputs"].items()},
+        "actions": data["actions"][rows],
+        "valid": data["valid"][rows],
+    }

@@ -108,6 +108,8 @@ policies = Registry(
         "openvla_oft": "embodied_rl.policies.openvla.config:OpenVLAOFTConfig",
         "pi0": "embodied_rl.policies.pi0.config:Pi0Config",
         "pi05": "embodied_rl.policies.pi0.config:Pi05Config",
+        "squashed_gaussian_cnn": "embodied_rl.policies.squashed_gaussian:SquashedGaussianCNNConfig",
+        "squashed_gaussian_mlp": "embodied_rl.policies.squashed_gaussian:SquashedGaussianMLPConfig",
         "tiny_vla": "embodied_rl.policies.tiny_vla:TinyVLAConfig",
     },
 )
@@ -120,6 +122,7 @@ algorithms = Registry(
         "grpo": "embodied_rl.algorithms.grpo:GRPOConfig",
         "dapo": "embodied_rl.algorithms.grpo:DAPOConfig",
         "reinforce++": "embodied_rl.algorithms.grpo:ReinforcePlusPlusConfig",
+        "sac": "embodied_rl.algorithms.sac:SACConfig",
         "flow_actor_critic": "embodied_rl.algorithms.flow_actor_critic:FlowActorCriticConfig",
     },
 )

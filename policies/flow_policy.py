@@ -4,7 +4,8 @@ that gives `encode` and `velocity`."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from embodied_rl.policies.base import Inputs, Policy
 from embodied_rl.policies.flow import FlowSampler
 from embodied_rl.randomness import RowNoise
 from embodied_rl.types import ActionSample, Score
+
+if TYPE_CHECKING:
+    from embodied_rl.policies.steered_flow import SteeredFlow
 
 
 class FlowPolicy(Policy):
@@ -101,6 +105,17 @@ class FlowPolicy(Policy):
             rows = len(next(iter(inputs.values())))
             noise = torch.randn((rows, self.horizon, self.width), device=self.device, dtype=self.dtype)
         return self.to_simulator(self.sampler.ode(self.velocity, self.encode(inputs), noise))
+
+    @torch.no_grad()
+    def follow(self, inputs: Inputs, noise: Tensor) -> Tensor:
+        """Executed actions [B,K,A] of the ODE from `noise` [B,H,D]."""
+        return self._executed(self.sampler.ode(self.velocity, self.encode(inputs), noise))
+
+    def steered(self, features: int, hidden: Sequence[int], shared: bool, bound: float, seed: int) -> SteeredFlow:
+        """This policy with an actor for its initial noise; see `SteeredFlow`."""
+        from embodied_rl.policies.steered_flow import SteeredFlow
+
+        return SteeredFlow(self, features, hidden, shared, bound, seed)
 
     def _executed(self, x: Tensor) -> Tensor:
         return self.to_simulator(x[:, : self.chunk])

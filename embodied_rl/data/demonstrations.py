@@ -104,14 +104,17 @@ def read(path: Path, task: str | None = None, control_mode: str | None = None) -
     return episodes
 
 
-def observations(episodes: Sequence[DemonstrationEpisode], instructions: tuple[str, ...]) -> Observation:
-    """What was seen before every action of every episode, in order: M rows, the number of recorded steps. Cameras that
-    not all episodes have are left out."""
-    task = np.concatenate([np.full(len(episode), episode.task) for episode in episodes])
+def observations(
+    episodes: Sequence[DemonstrationEpisode], instructions: tuple[str, ...], final: bool = False
+) -> Observation:
+    """What was seen before every action of every episode, in order: M rows, the number of recorded steps; with `final`
+    also what was seen after the last one. Cameras that not all episodes have are left out."""
+    end = None if final else -1
+    task = np.concatenate([np.full(len(episode.states[:end]), episode.task) for episode in episodes])
     cameras = set.intersection(*(set(episode.images) for episode in episodes))
-    images = {name: np.concatenate([episode.images[name][:-1] for episode in episodes]) for name in sorted(cameras)}
+    images = {name: np.concatenate([episode.images[name][:end] for episode in episodes]) for name in sorted(cameras)}
     masks = {name: np.ones(len(task), bool) for name in images}
-    states = np.concatenate([episode.states[:-1] for episode in episodes])
+    states = np.concatenate([episode.states[:end] for episode in episodes])
     return Observation(images, masks, states, task, task, instructions)
 
 

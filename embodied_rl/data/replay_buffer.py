@@ -11,6 +11,7 @@ from embodied_rl.errors import UserError
 Inputs = dict[str, np.ndarray]
 
 _FIELDS = ("actions", "reward", "valid", "success", "terminated", "truncated", "ticket", "potential")
+_OF_FIRST = ("actions", "ticket", "potential")
 _BOOKKEEPING = ("_head", "_running", "_last_ticket", "_sampleable", "_success_order")
 
 
@@ -69,10 +70,10 @@ class ReplayBuffer:
         """Record one decision of every row.
 
         `inputs` [N,...] are those acted on, with their `tickets` [N] and, for reward shaping, their `potential` [N];
-        `actions` [N,K,A], `reward`, `valid` [N,K]; `terminated`, `truncated`, `success` [N] tell whether it happened
-        anywhere in the chunk (an episode is successful when its last chunk is). `final_inputs` [E,...] and
-        `final_potential` [E] belong to `final_rows`, the rows whose episode ended. Rows without a valid step are not
-        recorded; rows that are `lost` take their running episode with them.
+        `actions` [N,K,A] (or [N,1,A], one choice for the chunk), `reward`, `valid` [N,K]; `terminated`, `truncated`,
+        `success` [N] tell whether it happened anywhere in the chunk (an episode is successful when its last chunk is).
+        `final_inputs` [E,...] and `final_potential` [E] belong to `final_rows`, the rows whose episode ended. Rows
+        without a valid step are not recorded; rows that are `lost` take their running episode with them.
         """
         if not self._records:
             self._allocate(inputs, actions)
@@ -91,7 +92,7 @@ class ReplayBuffer:
         slot = self._claim(rows)
         self._running[rows] += 1
         potential = np.zeros(self.num_envs) if potential is None else potential
-        executed = np.where(valid[..., None], actions, 0)
+        executed = np.where(valid[:, : actions.shape[1], None], actions, 0)
         columns = (executed, np.where(valid, reward, 0), valid, success, terminated, truncated, tickets, potential)
         for name, column in zip(_FIELDS, columns, strict=True):
             self._records[name][slot] = column[rows]
@@ -120,14 +121,27 @@ class ReplayBuffer:
             self._sampleable[self._slot(row, self._head[row] - 1 - np.arange(int(self._running[row])))] = False
         self._running[rows] = 0
 
-    def sample(self, batch: int, generator: np.random.Generator) -> dict[str, Any]:
-        """`batch` decisions, uniform with replacement: "inputs", "next_inputs" (the episode's next observation or its
-        final one), "actions" [B,K,A] (0 where not valid), "reward", "valid" [B,K], "terminated", "truncated",
-        "success" [B], "ticket" [B], "potential", "next_potential" [B]. Raises `UserError` when there is none."""
-        slot = _draw(self._sampleable_index(), batch, generator, "decision")
-        following = slot + 1 - self._slots * ((slot + 1) % self._slots == 0)
-        data: dict[str, Any] = {name: column.take(slot, axis=0) for name, column in self._records.items()}
-        data["inputs"] = {name: column.take(slot, axis=0) for name, column in self._inputs.items()}
+    def sample(self, batch: int, generator: np.random.Generator, decisions: int = 1) -> dict[str, Any]:
+        """`batch` decisions, uniform with replacement, each with what followed in its episode during n = `decisions` of
+        them: "inputs", "actions" [B,K,A] (0 where not valid), "ticket", "potential" [B] of the first; "reward", "valid"
+        [B,n,K] of all (not valid after the end of the episode, or of what is known of it); "terminated", "truncated",
+        "success" [B], "next_inputs" (the episode's next observation or its final one), "next_potential" [B] of the
+        last. Raises `UserError` when there is none."""
+        first = _draw(self._sampleable_index(), batch, generator, "decision")
+        slots = np.tile(first[:, None], decisions)
+        follows = np.ones((batch, decisions), bool)
+        for i in range(1, decisions):
+            before, following = slots[:, i - 1], self._next(slots[:, i - 1])
+            ended = self._records["terminated"][before] | self._records["truncated"][before]
+            follows[:, i] = follows[:, i - 1] & ~ended & self._sampleable[following]
+            slots[:, i] = np.where(follows[:, i], following, before)
+        last = slots[:, -1]
+        following = self._next(last)
+        data: dict[str, Any] = {name: self._records[name].take(first, axis=0) for name in _OF_FIRST}
+        data |= {name: self._records[name].take(last) for name in ("terminated", "truncated", "success")}
+        data["reward"] = self._records["reward"].take(slots, axis=0)
+        data["valid"] = self._records["valid"].take(slots, axis=0) & follows[..., None]
+        data["inputs"] = {name: column.take(first, axis=0) for name, column in self._inputs.items()}
         data["next_inputs"] = {name: column.take(following, axis=0) for name, column in self._inputs.items()}
         data["next_potential"] = self._records["potential"].take(following)
         return data
@@ -185,6 +199,10 @@ class ReplayBuffer:
 
     def _slot(self, row: Any, position: Any) -> Any:
         return row * self._slots + position % self._slots
+
+    def _next(self, slot: np.ndarray) -> np.ndarray:
+        """The slot after each, in its row's ring."""
+        return slot + 1 - self._slots * ((slot + 1) % self._slots == 0)
 
     def _claim(self, rows: np.ndarray) -> np.ndarray:
         """The next slot of each row, cleared of what it meant before."""

@@ -91,6 +91,8 @@ def evaluate_run(run_dir: Path, episodes: int, seed: int = 0, deterministic: boo
     streams = Streams(config.seed, config.simulator.num_tasks, 1, episodes, seed, config.simulator.num_states)
     with config.simulator.build(streams) as simulator:
         policy = config.policy.build(simulator.observation_spec, simulator.action_spec)
+        if config.algorithm is not None:
+            policy = config.algorithm.build(policy, config.seed).policy  # it may be more than what was cloned
         try:
             policy.load_state_dict(saved["policy"])
         except (KeyError, RuntimeError) as error:

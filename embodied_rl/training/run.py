@@ -26,7 +26,9 @@ from embodied_rl.algorithms.base import (
     OnPolicyAlgorithm,
 )
 from embodied_rl.config import RunConfig, to_dict
+from embodied_rl.data.demonstration_replay import demonstration_replay
 from embodied_rl.data.demonstrations import DemonstrationEpisode, chunks, observations, read, write
+from embodied_rl.data.replay_buffer import ReplayBuffer
 from embodied_rl.errors import UserError
 from embodied_rl.files import write_atomic
 from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
@@ -165,6 +167,7 @@ class Run:
         self._check_recorded(seen)
         seen = self.connection.observation(seen)
         states = seen.state
+        self.demonstrations = episodes
         actions, valid = chunks(episodes, self.policy.horizon)
         self.statistics = states.mean(axis=0), states.std(axis=0)
         if self.saved is None:
@@ -174,6 +177,15 @@ class Run:
             "actions": torch.from_numpy(actions).to(self.policy.device),
             "valid": torch.from_numpy(valid).to(self.policy.device),
         }
+
+    def _decisions(self) -> ReplayBuffer:
+        """The demonstrations as decisions of the policy, with their rewards."""
+        if self.config.demonstrations is None:
+            raise UserError("algorithm.symmetric needs demonstrations: add --demonstrations.episodes or .path")
+        texts = tuple(task.instruction for task in self.simulator.tasks)
+        seen = self.connection.observation(observations(self.demonstrations, texts, final=True))
+        inputs = {name: column.numpy(force=True) for name, column in self.policy.prepare(seen).items()}
+        return demonstration_replay(self.demonstrations, inputs, self.policy.chunk, bool(self.algorithm.config.shaping))
 
     def _check_recorded(self, seen: Observation) -> None:
         """Demonstrations must show what the simulator shows; raises `UserError`."""
@@ -215,13 +227,15 @@ class Run:
         if config.algorithm is None:
             return None
         self.algorithm = config.algorithm.build(self.policy, config.seed)
+        self.policy = self.worker.policy = self.algorithm.policy  # what acts from now on may contain what was cloned
         workflow: Workflow
         if isinstance(self.algorithm, OnPolicyAlgorithm):
             workflow = SegmentWorkflow(self.worker, self.algorithm, decisions, self.generator)
         elif isinstance(self.algorithm, EpisodicAlgorithm):
             workflow = EpisodeWorkflow(self.worker, self.algorithm, self.generator)
         elif isinstance(self.algorithm, OffPolicyAlgorithm):
-            workflow = OffPolicyWorkflow(self.worker, self.algorithm, decisions, self.generator, config.seed, data)
+            known = self._decisions() if self.algorithm.demonstrations == "decisions" else data
+            workflow = OffPolicyWorkflow(self.worker, self.algorithm, decisions, self.generator, config.seed, known)
         else:
             raise UserError(f"algorithm '{type(self.algorithm).__name__}' cannot learn from rollouts: choose another")
         if self.saved:

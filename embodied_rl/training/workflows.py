@@ -74,16 +74,16 @@ class OffPolicyWorkflow:
         decisions: int,
         generator: torch.Generator,
         seed: int,
-        demonstrations: dict[str, Any] | None,
+        demonstrations: Any,
     ) -> None:
-        """`demonstrations`: {"inputs", "actions" [M,H,A], "valid" [M,H]}, the anchor until enough chunks succeeded."""
+        """`demonstrations`: what `algorithm.demonstrations` asks for; None in a run without any."""
         self.worker = worker
-        self.algorithm: Any = algorithm
+        self.algorithm = algorithm
         self.decisions = decisions
         self.generator = generator
         self.rng = np.random.default_rng(seed)
-        config = self.algorithm.config
-        self.buffer = ReplayBuffer(config.replay_capacity, worker.simulator.num_envs, config.anchor_chunks)
+        config = algorithm.config
+        self.buffer = ReplayBuffer(config.replay_capacity, worker.simulator.num_envs, algorithm.successes_kept)
         self.demonstrations = demonstrations
         self.potential = np.zeros(worker.simulator.num_envs, np.float32)
         self.due = 0.0
@@ -95,9 +95,9 @@ class OffPolicyWorkflow:
         self.worker.restart(tickets)
 
     def iterate(self, border: bool) -> Metrics:
-        mean, episodes, config = Mean("loss"), list[Episode](), self.algorithm.config
+        mean, episodes = Mean("loss"), list[Episode]()
         for decision in range(self.decisions):
-            self.worker.begin(act=self.algorithm.act, exploration=config.exploration_noise)
+            self.worker.begin(act=self.algorithm.act, exploration=self.algorithm.exploration)
             for _ in range(self._updates_due()):
                 mean.add(self._update())
             mean.check(f"update {self.algorithm.updates}")
@@ -112,21 +112,15 @@ class OffPolicyWorkflow:
         if self.worker.env_steps < config.learning_starts or not len(self.buffer):
             return 0
         if not self.algorithm.updates:
-            self.due += config.critic_warmup_updates
+            self.due += self.algorithm.warmup_updates
         self.due += config.updates_per_decision * self.worker.simulator.num_envs
         whole = int(self.due)
         self.due -= whole
         return whole
 
     def _update(self) -> dict[str, torch.Tensor]:
-        config, anchor = self.algorithm.config, None
-        replay = self.buffer.sample(config.batch_size, self.rng)
-        if self.algorithm.next_update_trains_actor and config.flow_weight:
-            if self.demonstrations is None or self.buffer.successful >= config.anchor_minimum:
-                anchor = self.buffer.sample_successful(config.anchor_batch_size, self.rng)
-            else:
-                anchor = _rows(self.demonstrations, config.anchor_batch_size, self.rng)
-        return self.algorithm.update(self.algorithm.batch(replay, anchor), self.generator)
+        batch = self.algorithm.draw(self.buffer, self.demonstrations, self.rng)
+        return self.algorithm.update(batch, self.generator)
 
     def _record(self, decision: Decision, border: bool) -> None:
         """Store a decision. At a border the running episodes are cut there: truncated, hence bootstrapped."""
@@ -148,7 +142,7 @@ class OffPolicyWorkflow:
         reward = result.reward if not shaped else (result.success & result.valid).astype(np.float32)
         self.buffer.add(
             inputs={name: tensor.numpy(force=True) for name, tensor in decision.inputs.items()},
-            actions=decision.sample.actions.numpy(force=True),
+            actions=self.algorithm.recorded(decision.sample).numpy(force=True),
             reward=reward,
             valid=result.valid,
             terminated=result.terminated.any(axis=1),
@@ -212,12 +206,3 @@ def episode_metrics(episodes: Sequence[Episode]) -> Metrics:
     if all(episode.success_once is not None for episode in episodes):
         metrics["train/success"] = float(np.mean([bool(episode.success_once) for episode in episodes]))
     return metrics
-
-
-def _rows(data: dict[str, Any], count: int, rng: np.random.Generator) -> dict[str, Any]:
-    index = torch.from_numpy(rng.integers(len(data["actions"]), size=count))
-    return {
-        "inputs": {name: tensor[index] for name, tensor in data["inputs"].items()},
-        "actions": data["actions"][index],
-        "valid": data["valid"][index],
-    }

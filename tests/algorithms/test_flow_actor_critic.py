@@ -34,8 +34,8 @@ def replay(seed=0, rows=B):
         "inputs": {"state": numbers(rows, S)},
         "next_inputs": {"state": numbers(rows, S)},
         "actions": numbers(rows, K, A) * 0.5,
-        "valid": valid,
-        "reward": numbers(rows, K),
+        "valid": valid[:, None],
+        "reward": numbers(rows, 1, K),
         "terminated": rng.random(rows) < 0.3,
         "potential": numbers(rows),
         "next_potential": numbers(rows),
@@ -44,7 +44,7 @@ def replay(seed=0, rows=B):
 
 def anchor(seed=1, rows=16):
     data = replay(seed, rows)
-    return {name: data[name] for name in ("inputs", "actions", "valid")}
+    return {"inputs": data["inputs"], "actions": data["actions"], "valid": data["valid"][:, 0]}
 
 
 def parameters(module):
@@ -58,7 +58,7 @@ def test_batch_shapes_rewards_and_discounts(gamma_per):
     for b in range(B):
         steps = int(data["valid"][b].sum())
         per_step = gamma_per == "step"
-        reward = sum(data["reward"][b, k] * (0.9**k if per_step else 1) for k in range(steps))
+        reward = sum(data["reward"][b, 0, k] * (0.9**k if per_step else 1) for k in range(steps))
         discount = 0.0 if data["terminated"][b] else 0.9**steps if per_step else 0.9
         shaping = discount * data["next_potential"][b] - data["potential"][b]
         assert result["discount"][b].item() == pytest.approx(discount)
@@ -104,7 +104,7 @@ def test_critic_target_and_loss_follow_their_formula():
 def test_nothing_after_a_termination_and_no_unexecuted_action_matters():
     algorithms = [toy(critic_warmup_updates=9) for _ in range(2)]
     one, two = replay(), replay()
-    two["actions"][~two["valid"]] = 0.77
+    two["actions"][~two["valid"][:, 0]] = 0.77
     two["reward"][~two["valid"]] = 5.0
     two["next_inputs"]["state"][two["terminated"]] = 3.0
     two["next_potential"][two["terminated"]] = 3.0
@@ -222,12 +222,12 @@ def test_the_critic_improves_on_what_is_cloned(q_weight):
     for _ in range(500):
         actions = rng.normal(0, 0.5, (64, K, A)).clip(-1, 1).astype(np.float32)
         distance = ((actions - 0.5) ** 2).mean((1, 2))
-        data = replay(rows=64) | {"actions": actions, "valid": np.ones((64, K), bool), "terminated": np.ones(64, bool)}
-        data["reward"] = np.stack([-distance, 0 * distance], 1)
+        data = replay(rows=64) | {"actions": actions, "valid": np.ones((64, 1, K), bool), "terminated": np.ones(64, bool)}
+        data["reward"] = np.stack([-distance, 0 * distance], 1)[:, None]
         good = distance < np.median(distance)
         cloned.append(distance[good].mean())
         inputs = {"state": data["inputs"]["state"][good]}
-        successes = {"inputs": inputs, "actions": actions[good], "valid": data["valid"][good]}
+        successes = {"inputs": inputs, "actions": actions[good], "valid": data["valid"][good, 0]}
         algorithm.update(algorithm.batch(data, successes), generator)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -144,7 +144,7 @@ def test_agrees_with_a_naive_replay(history, slots, recent):
         np.testing.assert_array_equal(data["next_inputs"]["image"][:, 1, 1], following % 256)
         np.testing.assert_array_equal(data["potential"], number / 2)
         np.testing.assert_array_equal(data["next_potential"], following / 2)
-        np.testing.assert_array_equal(data["actions"][..., 0], number[:, None] * data["valid"])
+        np.testing.assert_array_equal(data["actions"][..., 0], number[:, None] * data["valid"][:, 0])
         np.testing.assert_array_equal(data["reward"], data["valid"])
         assert data["inputs"]["image"].dtype == np.uint8
     else:

@@ -1,0 +1,56 @@
+"""Batch renormalisation for ensembles of critics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM, EPS, R_MAX, D_MAX, WARMUP = 0.99, 1e-3, 3.0, 5.0, 100_000
+"""CrossQ's constants (arXiv 1902.05605), as in its reference implementation."""
+
+
+class EnsembleBatchRenorm(nn.Module):
+    """Batch renormalisation (arXiv 1702.03275) with statistics, scale and shift per member.
+
+    In train mode, for the first `warmup` batches, plain batch normalisation; after that the batch's mean m and variance
+    v are corrected towards the running ones, M and V, by what no gradient sees:
+
+        r = sqrt((v + eps) / (V + eps)) in [1/3, 3],  d = (m - M) / sqrt(V + eps) in [-5, 5]
+        y = (x - (m - d sqrt(v) / r)) / sqrt(v / r^2 + eps)
+
+    In eval mode (x - M) / sqrt(V + eps).
+    """
+
+    mean: Tensor
+    variance: Tensor
+    steps: Tensor
+
+    def __init__(self, ensemble: int, size: int, warmup: int = WARMUP) -> None:
+        super().__init__()
+        self.warmup = warmup
+        self.scale = nn.Parameter(torch.ones(ensemble, 1, size))
+        self.shift = nn.Parameter(torch.zeros(ensemble, 1, size))
+        self.register_buffer("mean", torch.zeros(ensemble, 1, size))
+        self.register_buffer("variance", torch.ones(ensemble, 1, size))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[E,B,size] -> [E,B,size]."""
+        if self.training:
+            mean, variance = self._corrected(x)
+        else:
+            mean, variance = self.mean, self.variance
+        return torch.addcmul(self.shift, (x - mean) * torch.rsqrt(variance + EPS), self.scale)
+
+    def _corrected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and variance to normalise with; moves the running statistics."""
+        variance, mean = torch.var_mean(x, 1, keepdim=True, correction=0)
+        with torch.no_grad():
+            deviation = (self.variance + EPS).sqrt()
+            renormalised = self.steps >= self.warmup  # a tensor: nothing waits for the device
+            r = torch.where(renormalised, ((variance + EPS).sqrt() / deviation).clamp(1 / R_MAX, R_MAX), 1.0)
+            d = torch.where(renormalised, ((mean - self.mean) / deviation).clamp(-D_MAX, D_MAX), 0.0)
+            self.mean.lerp_(mean, 1 - MOMENTUM)
+            self.variance.lerp_(variance, 1 - MOMENTUM)
+            self.steps += 1
+        return mean - d * variance.sqrt() / r, variance / r.square()
