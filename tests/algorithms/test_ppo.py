@@ -272,3 +272,75 @@ def test_reward_and_discount_follow_gamma_per():
     by_decision = PPOConfig(gamma=0.5).build(policy, 0).prepare(trajectory)
     np.testing.assert_allclose(by_step["returns"], 1.5, rtol=1e-6)
     np.testing.assert_allclose(by_decision["returns"], 2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("proximal", ["recomputed", "interpolated"])
+def test_without_lag_the_decoupled_loss_is_the_plain_one(proximal):
+    plain, expected = learned(lambda p, i: segment(p), PPOConfig(critic_warmup=0))
+    config = PPOConfig(critic_warmup=0, staleness=1, proximal=proximal)
+    policy, metrics = learned(lambda p, i: segment(p), config)
+    assert metrics.pop("dropped") == 0
+    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(parameters(policy), parameters(plain), rtol=1e-4, atol=1e-5)
+
+
+def older(shift):
+    """A segment that weights collected to which its actions were likelier by `shift` per chunk."""
+
+    def make(policy, _):
+        trajectory = segment(policy)
+        trajectory.log_prob += shift / trajectory.log_prob.shape[-1]
+        trajectory.valid[:] = True
+        trajectory.version = -1
+        return trajectory
+
+    return make
+
+
+def test_what_the_behavior_made_unlikely_is_left_out():
+    policy, metrics = learned(older(-0.8), PPOConfig(critic_warmup=0, staleness=1, max_importance_weight=2.0))
+    assert metrics["dropped"] == 1 and metrics["policy_loss"] == 0
+    assert torch.equal(policy.mean.weight, ToyGaussian().mean.weight)
+    assert not torch.equal(policy.value_head.weight, ToyGaussian().value_head.weight)
+
+
+@pytest.mark.parametrize(("proximal", "ratio"), [("recomputed", 1.0), ("interpolated", math.exp(-0.3))])
+def test_a_stale_segment_is_weighted_and_clipped_around_the_weights_at_the_start(proximal, ratio):
+    """Weights one update old: half of the way is the behavior's, half the current update's (`interpolate`)."""
+    config = PPOConfig(
+        critic_warmup=0, epochs=1, minibatches=1, staleness=1, proximal=proximal, normalize_advantages=False
+    )
+    _, metrics = learned(older(0.6), config)
+    algorithm = config.build(ToyGaussian(), 0)
+    advantages = algorithm.prepare(older(0.6)(algorithm.policy, 0))["advantages"]
+    weight = math.exp(-0.6) / ratio
+    losses = torch.maximum(-advantages * ratio, -advantages * min(max(ratio, 0.8), 1.2))
+    assert metrics["policy_loss"] == pytest.approx(float((weight * losses).mean()), rel=1e-4)
+    assert metrics["clip_fraction"] == (0 if ratio == 1 else pytest.approx(float((advantages < 0).float().mean())))
+
+
+def test_the_learning_rate_follows_the_kl():
+    def rate(wanted):
+        policy = ToyGaussian()
+        algorithm = PPOConfig(critic_warmup=0, learning_rate=1e-3, adapt_to_kl=wanted).build(policy, 0)
+        for seed in range(2):
+            algorithm.learn(segment(policy, seed), torch.Generator().manual_seed(0))
+        value = algorithm.optimizers()["value"].param_groups[0]["lr"]
+        assert value == algorithm.config.value_learning_rate
+        return algorithm.optimizers()["policy"].state_dict()["param_groups"][0]["lr"]
+
+    assert rate(1e-9) == pytest.approx(1e-3 / 1.5**2)
+    assert rate(1e3) == pytest.approx(1e-3 * 1.5**2)
+
+
+def test_over_episodes_a_long_one_weighs_as_much_as_a_short_one():
+    def lopsided(policy, _):
+        trajectory = segment(policy, reward=lambda actions: torch.zeros(actions.shape[:-1]))
+        trajectory.tickets[:] = 1
+        trajectory.tickets[0] = 0  # an episode of one decision before one of five
+        return trajectory
+
+    config = PPOConfig(critic_warmup=0, epochs=1, minibatches=1, mean_over="episodes")
+    data = config.build(ToyGaussian(), 0).prepare(lopsided(ToyGaussian(), 0))
+    rows = data["weight"].view(STEPS, ENVS)
+    assert rows[0].sum() == pytest.approx(1) and rows[1:].sum() == pytest.approx(1)
