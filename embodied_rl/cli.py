@@ -81,6 +81,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/RECIPE-seedS-TIME")
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR from its last checkpoint")
     train.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+    train.add_argument("--dry-run", action="store_true", help="show sizes, memory and amounts of the run, and exit")
     train.add_argument("--settings", action="store_true", help="show all settings with their values, and exit")
 
     evaluate = command("evaluate", _evaluate, "Evaluate the trained policy of a run.")
@@ -106,6 +107,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     listing = command("list", _list, "List what is registered.")
     listing.add_argument("kind", nargs="?", metavar="|".join(KINDS), help="default: all")
     listing.add_argument("--tasks", action="store_true", help="also the tasks of every simulator")
+    listing.add_argument("--memory", action="store_true", help="also what the published policies need to act and learn")
     return parser, commands
 
 
@@ -167,6 +169,11 @@ def _train(arguments: Any) -> None:
         out = arguments.out or Path("runs") / f"{config.recipe}-seed{config.seed}-{stamp}"
     if arguments.settings:
         return _show(config)
+    if arguments.dry_run:
+        from embodied_rl.training.dry_run import dry_run
+
+        return print(dry_run(config))
+    _require_weights(config.policy)
     if not arguments.resume:
         _check_fresh(out)
     from embodied_rl.training.run import train
@@ -179,6 +186,15 @@ def _train(arguments: Any) -> None:
     for evaluation in result["evaluations"]:
         print(_sentence(evaluation))
     print(f"report: {out / 'report.html'}")
+
+
+def _require_weights(policy: Any) -> None:
+    if getattr(policy, "published", False) and not policy.checkpoint:
+        name = registry.policies.name_of(type(policy))
+        raise UserError(
+            f"{name} has random weights, and at its published size reinforcement learning starts from trained ones: "
+            f"give --policy.checkpoint FOLDER, or --dry-run to see what the run would cost"
+        )
 
 
 def _check_fresh(out: Path) -> None:
@@ -264,6 +280,10 @@ def _list(arguments: Any) -> None:
             print(f"  {name:{width}}  {_summary(KINDS[kind].target(name))}".rstrip())
             if kind == "simulators" and arguments.tasks:
                 _show_tasks(name)
+        if kind == "policies" and arguments.memory:
+            from embodied_rl.training.dry_run import published
+
+            print(published())
 
 
 def _show_tasks(simulator: str) -> None:

@@ -82,7 +82,8 @@ class EmbodimentLinear(nn.Module):
 
     def __init__(self, embodiments: int, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.W = nn.Parameter(0.02 * torch.randn(embodiments, inputs, outputs))
+        self.W = nn.Parameter(torch.empty(embodiments, inputs, outputs))
+        nn.init.normal_(self.W, std=0.02)
         self.b = nn.Parameter(torch.zeros(embodiments, outputs))
 
     def forward(self, x: Tensor, embodiment: Embodiment) -> Tensor:

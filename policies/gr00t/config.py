@@ -104,6 +104,11 @@ class Gr00tConfig:
         """The sampler's part."""
         return FlowSamplerConfig(self.denoise_steps, self.method, self.noise_level, self.joint, self.joint_reduction)
 
+    @property
+    def published(self) -> bool:
+        """The sizes are published ones: trained from a checkpoint, not from random weights."""
+        return self.network == GR00T_N1_5
+
     def build(
         self, observation_spec: ObservationSpec, action_spec: ActionSpec, tokenizer: Tokenizer | None = None
     ) -> Gr00tPolicy:

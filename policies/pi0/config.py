@@ -119,6 +119,11 @@ class Pi0Config:
         """As registered."""
         return "pi05" if self.network.adaptive else "pi0"
 
+    @property
+    def published(self) -> bool:
+        """The sizes are published ones: trained from a checkpoint, not from random weights."""
+        return self.network in (PI0, PI05)
+
     def build(
         self, observation_spec: ObservationSpec, action_spec: ActionSpec, tokenizer: Tokenizer | None = None
     ) -> Pi0Policy:
