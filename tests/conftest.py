@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 HERE = Path(__file__).parent
-NO_SKIP = (HERE / "simulators", HERE / "parity")
+NO_SKIP = (HERE / "simulators", HERE / "parity", HERE / "matrix")
 """With EMBODIED_RL_CI set, a skipped test in these folders fails: CI has what they need."""
 
 # Before any test imports torch or a Hugging Face package.

@@ -1,16 +1,24 @@
-"""`policies.check` finds what is broken; each policy here breaks one promise."""
+"""`policies.check` finds what is broken, and nothing in the policies that are registered."""
 
 import copy
+from dataclasses import replace
 
+import gr00t_toys
 import numpy as np
+import openvla_toys
+import pi0_toys
 import pytest
 import torch
+import torch.nn.functional as F
 
 from embodied_rl.errors import ContractError
 from embodied_rl.policies import check
 from embodied_rl.policies.check import synthesise
 from embodied_rl.policies.flow_mlp import FlowMLP, FlowMLPConfig
 from embodied_rl.policies.gaussian_mlp import GaussianMLP, GaussianMLPConfig
+from embodied_rl.policies.squashed_gaussian import SquashedGaussianCNNConfig, SquashedGaussianMLPConfig
+from embodied_rl.policies.tiny_vla import TinyVLAConfig
+from embodied_rl.registry import policies
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
 
 OBSERVATION = ObservationSpec(state=5)
@@ -245,3 +253,93 @@ def test_synthesised_observation_fits_its_spec():
 def test_needs_enough_rows():
     with pytest.raises(ContractError, match="at least 4"):
         check(build(FlowMLP), synthesise(OBSERVATION, rows=2))
+
+
+# -- every registered policy ---------------------------------------------------------------------------------------
+
+SEEN = ObservationSpec(state=5, cameras={"front": CameraSpec(16, 16)})
+TINY_VLA = replace(pi0_toys.tiny(False), vocabulary=1024)
+CNN = SquashedGaussianCNNConfig(chunk=2, hidden=(16,), channels=(4, 4), image_features=8)
+
+
+def lerobot_act(folder):
+    from lerobot_toys import write_act  # LeRobot is slow to import
+
+    write_act(folder, {"front": (32, 32)}, state=5, action=2)
+    return policies.load("lerobot_act")(str(folder)).build(SEEN, ACTION)
+
+
+EVERY = {
+    "flow_mlp": lambda _: build(FlowMLP),
+    "gaussian_mlp": lambda _: build(GaussianMLP),
+    "gr00t": lambda _: gr00t_toys.build(),
+    "lerobot_act": lerobot_act,
+    "openvla": lambda _: openvla_toys.autoregressive(),
+    "openvla_oft": lambda _: openvla_toys.parallel(sizes={"proprio_dim": 4}, cameras=("primary", "wrist")),
+    "pi0": lambda _: pi0_toys.build(),
+    "pi05": lambda _: pi0_toys.build(adaptive=True),
+    "squashed_gaussian_cnn": lambda _: CNN.build(SEEN, ACTION),
+    "squashed_gaussian_mlp": lambda _: SquashedGaussianMLPConfig(chunk=2, hidden=(16,)).build(OBSERVATION, ACTION),
+    "tiny_vla": lambda _: TinyVLAConfig(network=TINY_VLA).build(SEEN, ACTION),
+}
+every = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "lerobot_act" else ()) for name in EVERY]
+)
+
+
+@pytest.fixture
+def policy(name, tmp_path):
+    """With every parameter away from its first value: gates of zero would let no gradient through."""
+    torch.manual_seed(0)
+    policy = EVERY[name](tmp_path)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return policy
+
+
+def test_none_is_forgotten():
+    assert EVERY.keys() == {name for name in policies.names() if policies.target(name).startswith("embodied_rl.")}
+
+
+@every
+def test_every_policy_keeps_the_contract(policy):
+    check(policy)
+
+
+@every
+def test_gradients_reach_what_is_not_frozen_and_nothing_else(policy):
+    inputs = policy.prepare(synthesise(policy.observation_spec))
+    sample = policy.act(inputs)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    for frozen in [None, *policy.parameter_groups()]:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for parameter in policy.parameter_groups()[frozen] if frozen else ():
+            parameter.requires_grad_(False)
+        if sample.log_prob is None:
+            loss = policy.imitation_loss(inputs, sample.actions, torch.ones(sample.actions.shape[:2], dtype=torch.bool))
+        else:
+            loss = policy.evaluate_actions(inputs, sample.trace).log_prob.sum()
+            loss = loss + (0 if sample.value is None else policy.value(inputs).sum())
+        policy.zero_grad()
+        if loss.requires_grad:
+            loss.sum().backward()
+        unfrozen = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        reached = {name for name, p in policy.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
+        assert (unfrozen - reached, reached - unfrozen) == (set(), set()), frozen
+
+
+@pytest.mark.parametrize("name", ["openvla", "openvla_oft", "pi0", "pi05", "tiny_vla"])
+def test_scores_and_values_do_not_depend_on_the_padding_of_prompts(name, policy):
+    """GR00T's do: its action head attends to padding, as the original's."""
+    inputs = policy.prepare(synthesise(policy.observation_spec))
+    sample = policy.act(inputs)
+    padded = dict(inputs)
+    if "prompt" in inputs:
+        padded["prompt"] = F.pad(inputs["prompt"], (7, 0), value=policy.network.pad_token)
+    else:
+        padded |= {key: F.pad(inputs[key], (0, 7)) for key in ("tokens", "token_mask")}
+    score = policy.evaluate_actions(padded, sample.trace)
+    torch.testing.assert_close(score.log_prob, sample.log_prob, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(policy.value(padded), sample.value, rtol=1e-5, atol=1e-5)
