@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import UserError
 from embodied_rl.policies.base import Inputs
-from embodied_rl.policies.flow import FlowSampler, FlowSamplerConfig, bounded_std
-from embodied_rl.policies.flow_policy import FlowPolicy
+from embodied_rl.policies.flow import FlowSampler, bounded_std
+from embodied_rl.policies.flow_policy import FlowConfig, FlowPolicy
 from embodied_rl.policies.mlp import ActionScale, Activation, StateNormaliser, mlp, prepare_state, state_spec
 from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.specs import ActionSpec, ObservationSpec
@@ -20,48 +19,25 @@ from embodied_rl.types import Array, Observation
 
 
 @dataclass(frozen=True)
-class FlowMLPConfig:
-    """The flow-matching MLP policy; the sampler's fields are those of `FlowSamplerConfig`."""
+class FlowMLPConfig(FlowConfig):
+    """The flow-matching MLP policy."""
 
-    state: tuple[str, ...] = ()
-    """Names of the simulator's state that the policy sees, in its order; "hand" means all of "hand.0", "hand.1", ...;
-    () = the whole state."""
-    horizon: int = 4
-    """H, predicted actions."""
-    chunk: int = 4
-    """K, executed actions."""
     hidden: tuple[int, ...] = (256, 256, 256)
     """Widths of the velocity MLP."""
     time_features: int = 32
     """Size of the sinusoidal embedding of t; even."""
-    denoise_steps: int = 4
-    """N, steps from noise to action."""
-    method: Literal["sde", "noise", "cps", "ode"] = "sde"
-    """How a step becomes stochastic: Flow-SDE, learned Flow-Noise, Flow-CPS, or never."""
-    noise_level: float = 0.5
-    """Of "sde" and "cps"; "noise" learns its own."""
-    joint: bool = False
-    """Every step is stochastic and scored, not one step drawn per row."""
-    joint_reduction: Literal["sum", "mean"] = "sum"
-    """The chain's density is the "sum"; "mean" averages over its steps and the initial noise."""
-    noise_std: tuple[float, float] = (0.08, 0.16)
-    """Range of the learned deviation of method "noise", in network units."""
     value_hidden: tuple[int, ...] = (256, 256)
     """Widths of the value head."""
     value_activation: Activation = "tanh"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.chunk <= self.horizon:
-            raise UserError(f"flow_mlp: needs 1 <= chunk <= horizon, got {self.chunk} and {self.horizon}")
         if not self.hidden or self.time_features < 2 or self.time_features % 2:
             raise UserError("flow_mlp: needs at least one hidden layer and an even, positive number of time_features")
-        if not 0 < self.noise_std[0] <= self.noise_std[1]:
-            raise UserError(f"flow_mlp: noise_std must be an ascending range above 0, not {self.noise_std}")
-        self.sampler()
+        super().__post_init__()
 
-    def sampler(self) -> FlowSamplerConfig:
-        """The sampler's part."""
-        return FlowSamplerConfig(self.denoise_steps, self.method, self.noise_level, self.joint, self.joint_reduction)
+    @property
+    def name(self) -> str:
+        return "flow_mlp"
 
     def build(self, observation_spec: ObservationSpec, action_spec: ActionSpec) -> FlowMLP:
         """The policy for a simulator with these specs; raises `SpecError` when it cannot serve them."""

@@ -3,20 +3,63 @@ that gives `encode` and `velocity`."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from embodied_rl.errors import UserError
 from embodied_rl.policies.base import Inputs, Policy
-from embodied_rl.policies.flow import FlowSampler
+from embodied_rl.policies.flow import FlowSampler, FlowSamplerConfig
 from embodied_rl.randomness import RowNoise
 from embodied_rl.types import ActionSample, Score
 
 if TYPE_CHECKING:
     from embodied_rl.policies.steered_flow import SteeredFlow
+
+
+@dataclass(frozen=True)
+class FlowConfig(ABC):
+    """Settings of every flow policy; the sampler's are those of `FlowSamplerConfig`."""
+
+    state: tuple[str, ...] = ()
+    """Names of the simulator's state that the policy sees, in its order; "hand" means all of "hand.0", "hand.1", ...;
+    () = the whole state."""
+    horizon: int = 4
+    """H, predicted actions."""
+    chunk: int = 4
+    """K, executed actions."""
+    denoise_steps: int = 4
+    """N, steps from noise to action."""
+    method: Literal["sde", "noise", "cps", "ode"] = "sde"
+    """How a step becomes stochastic: Flow-SDE, learned Flow-Noise, Flow-CPS, or never."""
+    noise_level: float = 0.5
+    """Of "sde" and "cps"; "noise" learns its own."""
+    joint: bool = False
+    """Every step is stochastic and scored, not one step drawn per row."""
+    joint_reduction: Literal["sum", "mean"] = "sum"
+    """The chain's density is the "sum"; "mean" averages over its steps and the initial noise."""
+    noise_std: tuple[float, float] = (0.08, 0.16)
+    """Range of the learned deviation of method "noise", in network units."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunk <= self.horizon:
+            raise UserError(f"{self.name}: needs 1 <= chunk <= horizon, got {self.chunk} and {self.horizon}")
+        if not 0 < self.noise_std[0] <= self.noise_std[1]:
+            raise UserError(f"{self.name}: noise_std must be an ascending range above 0, not {self.noise_std}")
+        self.sampler()
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As registered."""
+
+    def sampler(self) -> FlowSamplerConfig:
+        """The sampler's part."""
+        return FlowSamplerConfig(self.denoise_steps, self.method, self.noise_level, self.joint, self.joint_reduction)
 
 
 class FlowPolicy(Policy):
@@ -86,18 +129,29 @@ class FlowPolicy(Policy):
     ) -> Tensor:
         """Flow matching (arXiv 2210.02747), [B]: the mean squared error of the velocity against noise - action over
         the valid steps. Invalid actions are replaced by 0, so nothing leaks from them. `noise` [B,H,D] standard normal
-        and `time` [B] uniform in [0, 1) are drawn when None, from `generator` or torch's global one."""
+        and `time` [B], 1 = noise, are drawn when None, from `generator` or torch's global one."""
         keep = valid[..., None]
         target = self.to_network(torch.where(keep, actions, 0.0))
         action = torch.where(keep, target, 0.0)
         if noise is None:
             noise = torch.randn(action.shape, generator=generator, device=action.device, dtype=action.dtype)
         if time is None:
-            time = torch.rand(len(action), generator=generator, device=action.device, dtype=action.dtype)
+            time = self.imitation_times(
+                torch.rand(len(action), generator=generator, device=action.device, dtype=action.dtype)
+            )
         t = time[:, None, None]
         v, _ = self.velocity(self.encode(inputs), t * noise + (1 - t) * action, time)
-        error = torch.where(keep, v - (noise - action), 0.0)
-        return error.square().sum((1, 2)) / (valid.sum(1) * action.shape[-1]).clamp_min(1)
+        error = torch.where(keep, v - (noise - action), 0.0)[..., : self.imitated]
+        return error.square().sum((1, 2)) / (valid.sum(1) * self.imitated).clamp_min(1)
+
+    @property
+    def imitated(self) -> int:
+        """How many of the D dimensions imitation learns; the padding is learned to be 0 unless it is left out."""
+        return self.width
+
+    def imitation_times(self, uniform: Tensor) -> Tensor:
+        """Times [B] to imitate at, of numbers drawn uniformly from [0, 1)."""
+        return uniform
 
     def sample(self, inputs: Inputs, noise: Tensor | None = None) -> Tensor:
         """Actions [B,H,A], differentiable through the N ODE steps from `noise` [B,H,D] (standard normal when None)."""

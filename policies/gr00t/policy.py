@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,31 +11,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embodied_rl.errors import SpecError, UserError
-from embodied_rl.policies.base import Inputs, require_continuous
-from embodied_rl.policies.flow import FlowSampler, bounded_std
-from embodied_rl.policies.flow_policy import FlowPolicy
+from embodied_rl.errors import SpecError
+from embodied_rl.policies.base import Inputs
+from embodied_rl.policies.flow_vla import FlowVLAPolicy, padded
 from embodied_rl.policies.gr00t.checkpoint import Checkpoint, describe, save
-from embodied_rl.policies.gr00t.config import EMBODIMENTS, GROUPS, Gr00tConfig
+from embodied_rl.policies.gr00t.config import EMBODIMENTS, Gr00tConfig
 from embodied_rl.policies.gr00t.network import Network, Prefix
 from embodied_rl.policies.gr00t.preprocessing import MinMax, Tokenizer, choose_cameras, load_tokenizer, prompt, see
 from embodied_rl.policies.images import require_images
-from embodied_rl.policies.mlp import mlp
 from embodied_rl.policies.pi0.preprocessing import pad
-from embodied_rl.policies.pretrained import load_heads
-from embodied_rl.policies.value_head import ValueHead
-from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, pick_state
-from embodied_rl.types import Array, Observation
+from embodied_rl.specs import ActionSpec, ObservationSpec
+from embodied_rl.types import Observation
 
 NOISE_CUT = 0.999
 """The reference's s: times drawn from a Beta distribution are divided by it."""
 
 
-class Gr00tPolicy(FlowPolicy):
-    """Network actions are the simulator's, normalised with the checkpoint's statistics and padded with zeros to D.
+class Gr00tPolicy(FlowVLAPolicy[Gr00tConfig]):
+    """GR00T N1.5 with one embodiment's weights."""
 
-    A checkpoint was trained on some states, images and actions; that the simulator's mean the same is up to you.
-    """
+    network: Network
+    checkpoint: Checkpoint | None
+    unadapted = (".head.",)  # SigLIP's, which nobody reads
 
     def __init__(
         self,
@@ -43,41 +41,26 @@ class Gr00tPolicy(FlowPolicy):
         action_spec: ActionSpec,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        super().__init__()
-        require_continuous(action_spec)
-        state = pick_state(observation_spec, config.state)
-        head, size, dim = config.network.head, state.state, action_spec.dim
-        if size > head.state_dim or dim > head.action_dim:
-            raise SpecError(
-                f"gr00t takes {head.state_dim} states and {head.action_dim} actions at most, not {size} and {dim}"
-            )
-        self.config = config
-        self.cameras = choose_cameras(observation_spec, config.cameras)
-        seen = {name: observation_spec.cameras[name] for name in self.cameras}
-        views = {name: CameraSpec(camera.height, camera.width) for name, camera in seen.items()}
-        self.observation_spec = replace(state, cameras=views)
-        self.action_spec = _unit_gripper(action_spec) if config.unit_gripper else action_spec
+        head, cameras = config.network.head, choose_cameras(observation_spec, config.cameras)
+        super().__init__(
+            config,
+            observation_spec,
+            cameras,
+            _unit_gripper(action_spec) if config.unit_gripper else action_spec,
+            tokenizer,
+            states=head.state_dim,
+            width=head.action_dim,
+            described=head.features + head.state_dim,
+            hidden=head.hidden,
+        )
+        self.cameras = cameras
         self.embodiment = EMBODIMENTS[config.embodiment]
-        self.horizon, self.chunk, self.width = config.horizon, config.chunk, head.action_dim
-        self.sampler = FlowSampler(config.sampler(), config.chunk, dim)
         self.checkpoint = Checkpoint.open(config.checkpoint) if config.checkpoint else None
-        self._tokenizer = tokenizer
-        self._prompts: dict[str, list[int]] = {}
-
-        self.value_head = ValueHead(head.features + head.state_dim, config.value_hidden, config.value_activation)
-        self.noise_head = None
-        if config.method == "noise":
-            self.noise_head = mlp(head.hidden, config.noise_hidden, "tanh", head.action_dim)
         if self.checkpoint is None:
             self.network = Network(config.network)
         else:
             self.network = self.checkpoint.network(config.network, config.horizon)
-            load_heads(self.checkpoint.folder, {"value_head": self.value_head, "noise_head": self.noise_head})
-        if config.dtype != "stored":
-            self.network.to(getattr(torch, config.dtype))
-        self._fit(size, dim)
-        self._choose_trained()
-        self.network.set_checkpointing(config.gradient_checkpointing)
+        self._complete()
 
     @classmethod
     def from_pretrained(
@@ -111,22 +94,8 @@ class Gr00tPolicy(FlowPolicy):
         tokens, mask = pad([self._prompt(text) for text in texts], texts, self.config.prompt_length)
         inputs |= {"tokens": torch.from_numpy(tokens), "token_mask": torch.from_numpy(mask)}
         state = self.state_normaliser.normalise(torch.tensor(observation.state, device=self.device))
-        inputs["state"] = _padded(state, self.config.network.head.state_dim)
+        inputs["state"] = padded(state, self.config.network.head.state_dim)
         return {name: value.to(self.device) for name, value in inputs.items()}
-
-    def to_simulator(self, x: Tensor) -> Tensor:
-        """Within the bounds; no gradient beyond them."""
-        actions = self.action_normaliser.unnormalise(x[..., : self.action_spec.dim]).float()
-        low, high = (torch.tensor(bound, device=x.device) for bound in (self.action_spec.low, self.action_spec.high))
-        return torch.clamp(actions, low, high)
-
-    def to_network(self, actions: Tensor) -> Tensor:
-        return _padded(self.action_normaliser.normalise(actions), self.width)
-
-    def set_statistics(self, mean: Array, std: Array) -> None:
-        """Normalise states with these statistics [S] from now on; those of a checkpoint stay."""
-        if self.checkpoint is None:
-            self.state_normaliser.fit_moments(mean, std)
 
     # -- the network ---------------------------------------------------------------------------------------------
 
@@ -136,11 +105,6 @@ class Gr00tPolicy(FlowPolicy):
     def velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(v [B,H,D], the DiT's output at the action tokens [B,H,W])."""
         return self.network.velocity(prefix, x, t)
-
-    def standard_deviation(self, hidden: Tensor) -> Tensor:
-        if self.noise_head is None:
-            return super().standard_deviation(hidden)
-        return bounded_std(self.noise_head(hidden.float()), *self.config.noise_std)
 
     def value(self, inputs: Inputs) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.value_trains_prefix):
@@ -163,59 +127,31 @@ class Gr00tPolicy(FlowPolicy):
         images = [inputs[f"image.{name}"] for name in self.cameras]
         return self.network.features(images, inputs["tokens"], inputs["token_mask"])
 
-    def imitation_loss(
-        self,
-        inputs: Inputs,
-        actions: Tensor,
-        valid: Tensor,
-        *,
-        noise: Tensor | None = None,
-        time: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Flow matching at times drawn from Beta(1.5, 1), which favours noise, over the A real dimensions: the
-        reference's mask leaves out the padding. `time` [B] is flow time, 1 = noise."""
-        keep = valid[..., None]
-        action = torch.where(keep, self.to_network(torch.where(keep, actions, 0.0)), 0.0)
-        if noise is None:
-            noise = torch.randn(action.shape, generator=generator, device=action.device)
-        if time is None:
-            uniform = torch.rand(len(actions), generator=generator, device=actions.device)
-            time = uniform ** (1 / 1.5) / NOISE_CUT
-        t = time[:, None, None]
-        v, _ = self.velocity(self.encode(inputs), t * noise + (1 - t) * action, time)
-        error = torch.where(keep, v - (noise - action), 0.0)[..., : self.action_spec.dim]
-        return error.square().sum((1, 2)) / (valid.sum(1) * self.action_spec.dim).clamp_min(1)
-
     @property
-    def dtype(self) -> torch.dtype:
-        """The chain's and its scores', whatever the weights'."""
-        return torch.float32
+    def imitated(self) -> int:
+        """The real dimensions: the reference's mask leaves out the padding."""
+        return self.action_spec.dim
+
+    def imitation_times(self, uniform: Tensor) -> Tensor:
+        """From Beta(1.5, 1), which favours noise."""
+        return uniform ** (1 / 1.5) / NOISE_CUT
 
     # -- what is trained -----------------------------------------------------------------------------------------
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+    def group(self, name: str) -> str:
         """ "vision" (with its projector), "language", "heads" (action head and noise head), "value"."""
-        groups: dict[str, list[nn.Parameter]] = {group: [] for group in GROUPS}
-        for name, parameter in self.named_parameters():
-            groups[_group(name)].append(parameter)
-        return groups
+        if name.startswith("value_head."):
+            return "value"
+        if ".language_model." in name:
+            return "language"
+        return "vision" if ".eagle_model." in name else "heads"
 
-    def _choose_trained(self) -> None:
-        if self.config.lora_rank:
-            from embodied_rl.policies.lora import add_lora, linear_layers  # peft is slow to import
-
-            eagle, head = self.network.eagle, self.network.action_head
-            parts = {"vision": [eagle.vision_model], "language": [eagle.language_model]}
-            parts["heads"] = [head.model, head.vl_self_attention]
-            for group, modules in parts.items():
-                for module in modules if group not in self.config.frozen else []:
-                    layers = [name for name in linear_layers(module) if ".head." not in name]  # SigLIP's unused head
-                    add_lora(module, layers, self.config.lora_rank, self.config.lora_alpha)
-        groups = self.parameter_groups()
-        for group in self.config.frozen:
-            for parameter in groups[group]:
-                parameter.requires_grad_(False)
+    def adaptable(self) -> Iterator[tuple[str, nn.Module]]:
+        eagle, head = self.network.eagle, self.network.action_head
+        yield "vision", eagle.vision_model
+        yield "language", eagle.language_model
+        yield "heads", head.model
+        yield "heads", head.vl_self_attention
 
     # -- weights, statistics, prompts ----------------------------------------------------------------------------
 
@@ -233,33 +169,22 @@ class Gr00tPolicy(FlowPolicy):
             merged_weights(self.network),
             describe(self.config.network, self.horizon),
             {self.config.embodiment: {"statistics": statistics, "embodiment_tag": self.config.embodiment}},
-            {"value_head": self.value_head, "noise_head": self.noise_head},
+            self.heads,
         )
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Loaded when it is first needed."""
-        if self._tokenizer is None:
-            folder = self.config.tokenizer or self.config.checkpoint
-            if not folder:
-                raise UserError("gr00t needs a tokenizer: set --policy.tokenizer to a folder, or to bytes")
-            self._tokenizer = load_tokenizer(folder)
-        return self._tokenizer
+    def _load_tokenizer(self, folder: str) -> Tokenizer:
+        return load_tokenizer(folder)
 
-    def _prompt(self, text: str) -> list[int]:
-        if text not in self._prompts:
-            backbone = self.config.network.backbone
-            count, tokens = len(self.cameras), backbone.vision.tokens
-            self._prompts[text] = prompt(self.tokenizer, text, count, backbone.image_token, tokens)
-        return self._prompts[text]
+    def _tokens(self, text: str) -> list[int]:
+        backbone = self.config.network.backbone
+        return prompt(self.tokenizer, text, len(self.cameras), backbone.image_token, backbone.vision.tokens)
 
-    def _fit(self, size: int, dim: int) -> None:
-        """With a checkpoint its statistics; without, actions fill [-1, 1] between their bounds where they have any."""
-        self.state_normaliser, self.action_normaliser = MinMax(size), MinMax(dim)
+    def _fit(self, state: int, actions: int) -> None:
+        self.state_normaliser, self.action_normaliser = MinMax(state), MinMax(actions)
         if self.checkpoint is not None:
             tag, config = self.config.embodiment, self.config
-            self.state_normaliser.fit(*self.checkpoint.statistics(tag, "state", config.state_keys, size))
-            self.action_normaliser.fit(*self.checkpoint.statistics(tag, "action", config.action_keys, dim))
+            self.state_normaliser.fit(*self.checkpoint.statistics(tag, "state", config.state_keys, state))
+            self.action_normaliser.fit(*self.checkpoint.statistics(tag, "action", config.action_keys, actions))
             return
         self.action_normaliser.fit_bounds(self.action_spec.low, self.action_spec.high)
 
@@ -271,10 +196,6 @@ def _describe(features: Tensor, inputs: Inputs) -> Tensor:
     return torch.cat([mean, inputs["state"]], 1)
 
 
-def _padded(x: Tensor, width: int) -> Tensor:
-    return nn.functional.pad(x, (0, width - x.shape[-1])).float()
-
-
 def _unit_gripper(spec: ActionSpec) -> ActionSpec:
     """`spec` with a gripper from 0, closed, to 1, open. Raises `SpecError` without a gripper."""
     if spec.gripper is None:
@@ -282,11 +203,3 @@ def _unit_gripper(spec: ActionSpec) -> ActionSpec:
     low, high = list(spec.low), list(spec.high)
     low[spec.gripper], high[spec.gripper] = 0.0, 1.0
     return replace(spec, low=tuple(low), high=tuple(high), gripper_open=1)
-
-
-def _group(name: str) -> str:
-    if name.startswith("value_head."):
-        return "value"
-    if ".language_model." in name:
-        return "language"
-    return "vision" if ".eagle_model." in name else "heads"

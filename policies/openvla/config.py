@@ -10,6 +10,7 @@ from embodied_rl.policies.openvla.architecture import SIZES, Architecture
 from embodied_rl.policies.openvla.preprocessing import Resize
 from embodied_rl.policies.openvla.prompts import Template, Tokenize
 from embodied_rl.policies.openvla.tokens import Vocabulary
+from embodied_rl.policies.vla import VLAConfig
 from embodied_rl.specs import ActionSpec, ObservationSpec, pick_state
 
 if TYPE_CHECKING:
@@ -21,11 +22,9 @@ PUBLISHED = tuple(SIZES)
 
 
 @dataclass(frozen=True)
-class OpenVLAConfig:
+class OpenVLAConfig(VLAConfig):
     """OpenVLA: one action per decision, its dimensions decoded one token after the other."""
 
-    checkpoint: str = ""
-    """Folder of a published or fine-tuned checkpoint; "" gives random weights of `size`, e.g. to measure speed."""
     size: str = "openvla-7b"
     """Without a checkpoint: a name in `architecture.SIZES`."""
     unnorm_key: str | None = None
@@ -39,8 +38,6 @@ class OpenVLAConfig:
     """See only the central 90 % of the image: for checkpoints fine-tuned with random crops."""
     prompt: Template = "openvla"
     """"openvla_v01" for the oldest checkpoints."""
-    prompt_length: int = 64
-    """Tokens; shorter prompts are padded, so that all batches have one shape."""
     empty_token: int = 29871
     """The lone-space token that ends a prompt."""
     vocabulary: Vocabulary = "actions"
@@ -56,27 +53,23 @@ class OpenVLAConfig:
     """Of the network. Log-probs, entropies and values are float32 in either."""
     frozen: tuple[str, ...] = ()
     """Groups that are not trained: vision, projector, language, heads, value."""
-    lora_rank: int = 0
-    """Train adapters of this rank in vision, projector and language, where not frozen, instead of their weights; 0 =
-    train the weights."""
-    lora_alpha: float = 16.0
-    """The adapters' scale is alpha / rank."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    groups = GROUPS
 
     def __post_init__(self) -> None:
         if not self.checkpoint and self.size not in SIZES:
             raise unknown("OpenVLA size", self.size, SIZES)
-        for group in self.frozen:
-            if group not in GROUPS:
-                raise unknown("parameter group", group, GROUPS)
-        if not self.temperature > 0 or self.top_k < 0 or self.prompt_length < 1 or self.lora_rank < 0:
+        super().__post_init__()
+        if not self.temperature > 0 or self.top_k < 0:
             raise UserError(
-                f"openvla needs temperature > 0, top_k >= 0, prompt_length >= 1 and lora_rank >= 0, got "
-                f"{self.temperature}, {self.top_k}, {self.prompt_length} and {self.lora_rank}"
+                f"{self.name}: needs temperature > 0 and top_k >= 0, got {self.temperature} and {self.top_k}"
             )
         if not self.cameras:
-            raise UserError("openvla sees through at least one camera; name it in cameras")
+            raise UserError(f"{self.name} sees through at least one camera; name it in cameras")
+
+    @property
+    def name(self) -> str:
+        return "openvla"
 
     @property
     def convention(self) -> str:
@@ -140,6 +133,10 @@ class OpenVLAOFTConfig(OpenVLAConfig):
         super().__post_init__()
         if not 1 <= self.executed <= self.horizon:
             raise UserError(f"openvla_oft: needs 1 <= chunk <= horizon, got {self.chunk} and {self.horizon}")
+
+    @property
+    def name(self) -> str:
+        return "openvla_oft"
 
     @property
     def convention(self) -> str:

@@ -4,6 +4,7 @@ freezing and adapters."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import SpecError, UserError
-from embodied_rl.policies.base import Inputs, Policy, require_continuous
+from embodied_rl.policies.base import Inputs, require_continuous
 from embodied_rl.policies.images import require_images
-from embodied_rl.policies.lora import add_lora, linear_layers
 from embodied_rl.policies.normalization import Normaliser, read_statistics
 from embodied_rl.policies.openvla.architecture import Architecture
 from embodied_rl.policies.openvla.checkpoint import Checkpoint, load_network, save_network
-from embodied_rl.policies.openvla.config import GROUPS, OpenVLAConfig, OpenVLAOFTConfig
+from embodied_rl.policies.openvla.config import OpenVLAConfig, OpenVLAOFTConfig
 from embodied_rl.policies.openvla.heads import token_value_head
 from embodied_rl.policies.openvla.network import OpenVLANetwork
 from embodied_rl.policies.openvla.preprocessing import ImageProcessor, Preprocessing
 from embodied_rl.policies.openvla.prompts import Prompts, Tokenize, llama_bytes, local_tokenizer
 from embodied_rl.policies.pretrained import load_heads, save_heads
+from embodied_rl.policies.vla import VLAPolicy
 from embodied_rl.specs import CAMERA_ALIASES, ActionSpec, CameraSpec, ObservationSpec, pick_state
 from embodied_rl.types import Array, Observation
 
@@ -35,10 +36,9 @@ GROUP_OF = {
     "language_model": "language",
     "action_head": "heads",
 }
-LORA_PARTS = ("vision_backbone", "projector", "language_model")
 
 
-class OpenVLAPolicy(Policy):
+class OpenVLAPolicy(VLAPolicy[OpenVLAConfig]):
     """Inputs: "images" uint8 [B,cameras,S,S,3], resized and cropped; "prompt" int64 [B,prompt_length]; "state" float32
     [B,proprio_dim] where the network takes one.
 
@@ -164,27 +164,17 @@ class OpenVLAPolicy(Policy):
 
     # -- what is trained -----------------------------------------------------------------------------------------
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """ "vision", "projector" (the state's included), "language", "heads" (regression), "value"."""
-        groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
-        for name, parameter in self.named_parameters():
-            owner, part = name.split(".")[:2]
-            groups["value" if owner == "value_head" else GROUP_OF[part]].append(parameter)
-        return groups
+    unadapted = ("lm_head",)
 
-    def _choose_trained(self) -> None:
-        if self.config.lora_rank:
-            adapted = {part for part in LORA_PARTS if GROUP_OF[part] not in self.config.frozen}
-            if self.architecture.vision_lora_rank:
-                adapted.discard("vision_backbone")  # it comes with adapters
-            for part in sorted(adapted):
-                module = getattr(self.network, part)
-                layers = [name for name in linear_layers(module) if name != "lm_head"]
-                add_lora(module, layers, self.config.lora_rank, self.config.lora_alpha)
-        groups = self.parameter_groups()
-        for group in self.config.frozen:
-            for parameter in groups[group]:
-                parameter.requires_grad_(False)
+    def group(self, name: str) -> str:
+        """ "vision", "projector" (the state's included), "language", "heads" (regression), "value"."""
+        owner, part = name.split(".")[:2]
+        return "value" if owner == "value_head" else GROUP_OF[part]
+
+    def adaptable(self) -> Iterator[tuple[str, nn.Module]]:
+        for part in ("language_model", "projector", "vision_backbone"):
+            if not (part == "vision_backbone" and self.architecture.vision_lora_rank):  # it comes with adapters
+                yield GROUP_OF[part], getattr(self.network, part)
 
     # -- weights -------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def save(policy: Pi0Policy, folder: Path, layout: str | None) -> None:
         raise UserError(f"cannot write {folder}: {error}; free disk space or choose another place") from error
     whole = to_published(merged_weights(policy.network), _unused(policy), layout == "lerobot")
     write_weights(folder, whole, shard_bytes=math.inf)  # both loaders want one file
-    save_heads(folder, {"value_head": policy.value_head, "noise_head": policy.noise_head})
+    save_heads(folder, policy.heads)
 
 
 def _unused(policy: Pi0Policy) -> Tensor:

@@ -239,7 +239,7 @@ def test_a_tokenizer_comes_from_a_local_folder(tmp_path):
 
 
 def test_too_many_numbers_do_not_fit():
-    with pytest.raises(SpecError, match="takes 32 states and actions at most, not 33 and 3"):
+    with pytest.raises(SpecError, match="takes 32 states and 32 actions at most, not 33 and 3"):
         configure().build(replace(SEEN, state=33), ACTION)
 
 
