@@ -107,18 +107,20 @@ class TaskSpec:
 
 def pick_state(simulator: ObservationSpec, names: Sequence[str]) -> ObservationSpec:
     """The spec of a policy that sees these numbers of the simulator's state, in this order, and nothing else; () means
-    all of them as they come. A name means a number or all numbers below it: "hand" those from "hand.0" to "hand.2".
+    all of them as they come. A name means a number or all numbers below it: "hand" those from "hand.0" to "hand.2". The
+    quaternion among the numbers of "hand" can be had as the rotation's axis times its angle, "hand:axis_angle".
 
     Raises `UserError` for a name that the simulator does not have.
     """
     if not names:
         return ObservationSpec(simulator.state, quaternion=simulator.quaternion, quaternion_at=simulator.quaternion_at)
-    has = simulator.state_names
+    has = _named_numbers(simulator)
     if not has:
         raise SpecError(f"the simulator does not name the numbers of its state, so none can be chosen: {names[0]}")
     chosen: list[str] = []
     for name in names:
-        meant = [each for each in has if each == name or each.startswith(f"{name}.")]
+        below = [each for each in has if each.startswith(f"{name}.") and (":" in each) == (":" in name)]
+        meant = [name] if name in has else below
         if not meant:
             raise unknown("part of the simulator's state", name, {each.rpartition(".")[0] or each for each in has})
         chosen += [each for each in meant if each not in chosen]
@@ -127,6 +129,12 @@ def pick_state(simulator: ObservationSpec, names: Sequence[str]) -> ObservationS
     starts = tuple(new for new, at in runs if columns[new : new + 4] == list(range(at, at + 4)))
     order = simulator.quaternion if starts else None
     return ObservationSpec(len(chosen), tuple(chosen), quaternion=order, quaternion_at=starts)
+
+
+def _named_numbers(simulator: ObservationSpec) -> tuple[str, ...]:
+    """Names of the numbers that `with_axis_angles` makes of the simulator's state; () when it does not name its own."""
+    parts = [simulator.state_names[at].rpartition(".")[0] for at in simulator.quaternion_at if simulator.state_names]
+    return (*simulator.state_names, *(f"{part}:axis_angle.{axis}" for part in parts for axis in "xyz"))
 
 
 Convert = Callable[[np.ndarray], np.ndarray]
@@ -176,9 +184,15 @@ def connect(
 def _state_conversions(simulator: ObservationSpec, policy: ObservationSpec, names: list[str]) -> tuple[Convert, ...]:
     convert: list[Convert] = []
     wanted, starts, size = policy.state_names, simulator.quaternion_at, simulator.state
-    if wanted and wanted != simulator.state_names and set(wanted) <= set(simulator.state_names):
+    has_names = _named_numbers(simulator)
+    if wanted and wanted != simulator.state_names and set(wanted) <= set(has_names):
         picked = pick_state(simulator, wanted)
-        columns = [simulator.state_names.index(name) for name in picked.state_names]
+        columns = [has_names.index(name) for name in picked.state_names]
+        if max(columns) >= simulator.state:
+            names.append(f"quaternion {simulator.quaternion}->axis-angle")
+            convert.append(
+                lambda array: with_axis_angles(array, simulator.quaternion_at, simulator.quaternion == "xyzw")
+            )
         starts, size = picked.quaternion_at, picked.state
         names.append(f"pick {size} of {simulator.state} numbers of the state")
         convert.append(lambda array: array[..., columns])
@@ -275,6 +289,19 @@ def reorder_quaternions(state: np.ndarray, starts: tuple[int, ...], to_xyzw: boo
         part = slice(start, start + 4)
         state[..., part] = np.roll(state[..., part], -1 if to_xyzw else 1, axis=-1)
     return state
+
+
+def with_axis_angles(state: np.ndarray, starts: tuple[int, ...], xyzw: bool) -> np.ndarray:
+    """`state` [...,S] and behind it the rotation vectors [...,3] of its unit quaternions, which begin at `starts`: axis
+    times angle, 0 to 2 pi, so that the negative quaternion has another one, as in robosuite's states of LIBERO."""
+    parts = [state]
+    for start in starts:
+        turned = np.roll(state[..., start : start + 4].astype(np.float64), 0 if xyzw else -1, axis=-1)
+        axis, cosine = turned[..., :3], turned[..., 3:].clip(-1, 1)
+        sine = np.sqrt(1 - cosine**2)
+        vector = np.where(sine > 1e-8, axis * 2 * np.arccos(cosine) / np.maximum(sine, 1e-8), 0.0)
+        parts.append(vector.astype(state.dtype))
+    return np.concatenate(parts, axis=-1)
 
 
 def rotate_180(images: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from embodied_rl.specs import (
     Resize,
     connect,
     flip,
+    pick_state,
     reorder_quaternions,
     rotate_180,
 )
@@ -79,6 +80,26 @@ def test_quaternion_order_round_trip(state: np.ndarray, starts: tuple[int, ...])
         w, x, y, z = state[0, start : start + 4]
         assert there[0, start : start + 4].tolist() == [x, y, z, w]
     np.testing.assert_array_equal(reorder_quaternions(there, starts, to_xyzw=False), state)
+
+
+def test_a_policy_can_have_a_quaternion_as_axis_times_angle() -> None:
+    """The field's state of a robot's hand: position, rotation vector, fingers."""
+    names = (*(f"pose.{i}" for i in range(7)), "finger")
+    wanted = ("finger", "pose.2", *(f"pose:axis_angle.{axis}" for axis in "xyz"))
+    vector, angle = np.array([0.6, 0.0, -0.8]), np.array([0.0, 1e-3, 1.0, np.pi, 6.0])[:, None]
+    xyz, w = vector * np.sin(angle / 2), np.cos(angle / 2)
+    for order, parts in (("xyzw", (xyz, w)), ("wxyz", (w, xyz))):
+        simulator = ObservationSpec(state=8, state_names=names, quaternion=order, quaternion_at=(3,))
+        policy = pick_state(simulator, ("finger", "pose.2", "pose:axis_angle"))
+        assert (policy.state_names, policy.quaternion) == (wanted, None)
+        connection = connect(simulator, ARM, policy, ARM)
+        assert connection.names == [f"quaternion {order}->axis-angle", "pick 5 of 8 numbers of the state"]
+        state = np.concatenate([np.arange(15.0).reshape(5, 3), *parts, np.full((5, 1), 7.0)], 1).astype(np.float32)
+        expected = np.concatenate([np.full((5, 1), 7.0), state[:, 2:3], vector * angle], 1)
+        seen = connection.observation(replace(observation(simulator, 5), state=state)).state
+        assert seen.dtype == np.float32
+        np.testing.assert_allclose(seen, expected, rtol=0, atol=1e-3)
+    assert pick_state(simulator, ("pose",)).state_names == names[:7]
 
 
 def test_quaternion_conversion_is_chosen_and_leaves_the_simulator_alone() -> None:
