@@ -77,11 +77,18 @@ def dataset(simulator: Recorder, family: str) -> Dataset:
 
 
 def policy_state(simulator: Recorder, state: np.ndarray) -> np.ndarray:
-    """The numbers [N,S] of the simulator's state that published checkpoints are given."""
-    chosen, names = simulator.place.state, simulator.observation_spec.state_names
-    if not chosen:
+    """The numbers [N,S] of the simulator's state that published checkpoints are given; in Isaac Lab those that LIBERO
+    has: the hand's position, its rotation vector and its fingers."""
+    if simulator.place.name != "isaaclab":
         return state
-    return state[:, [names.index(name) for part in chosen for name in names if name.startswith(f"{part}.")]]
+    names = simulator.observation_spec.state_names
+    hand, fingers = names.index("policy.eef_pos.0"), names.index("policy.gripper_pos.0")
+    found = []
+    for row in state.astype(np.float64):
+        *axis, cosine = row[hand + 3 : hand + 7]  # Isaac Lab 3 has xyzw
+        vector = 2 * np.arccos(cosine) * np.array(axis) / np.linalg.norm(axis)
+        found.append([*row[hand : hand + 3], *vector, *row[fingers : fingers + 2]])
+    return np.array(found, np.float32)
 
 
 def configure(family: str, simulator: Recorder, **settings: Any) -> Any:

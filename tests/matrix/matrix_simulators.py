@@ -100,7 +100,7 @@ PLACES = (
             num_envs=ROWS,
         ),
         cameras=("table_cam", "wrist_cam"),
-        state=("policy.eef_pos", "policy.eef_quat", "policy.gripper_pos"),
+        state=("policy.eef_pos", "policy.eef_quat:axis_angle", "policy.gripper_pos"),
         finger=32,
         absent=_no_isaac_lab,
         marks=(pytest.mark.slow, pytest.mark.timeout(1800)),
