@@ -15,7 +15,7 @@ EPSILON = 1e-6
 ROTARY_BASE = 10_000.0
 
 Rotary = tuple[Tensor, Tensor]
-"""(cos, sin) float32 [B,1,S,head_dim/2]."""
+"""(cos, sin) float32 [B,1,S,head_dim], the sin of a head's first half negative; see `rotate`."""
 KeysValues = tuple[Tensor, Tensor]
 """(keys after rotation, values) [B,kv_heads,S,head_dim]."""
 
@@ -42,13 +42,14 @@ def rotary(positions: Tensor, head_dim: int) -> Rotary:
     """Rotary position embedding (arXiv 2104.09864) of positions [B,S]."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, :, None].float() / ROTARY_BASE**exponents
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn [B,heads,S,head_dim] by its positions' angles; the halves of a head are the two coordinates."""
-    (cos, sin), (first, second) = rotary, x.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    (cos, sin), wide = rotary, x.float()
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -65,10 +66,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(normed, gate) of x [B,S,W] and condition [B,C]."""
-        normed = x.float()
-        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + EPSILON)
         if self.dense is None or condition is None:
-            return (normed * (1 + self.weight.float())).to(x.dtype), None
+            return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), EPSILON).to(x.dtype), None
+        normed = F.rms_norm(x.float(), x.shape[-1:], None, EPSILON)
         modulation = self.dense(condition.to(self.dense.weight.dtype))[:, None]
         scale, shift, gate = modulation.float().chunk(3, -1)
         return (normed * (1 + scale) + shift).to(x.dtype), gate.to(x.dtype)
@@ -126,15 +126,13 @@ class Attention(nn.Module):
     def forward(self, y: Tensor, rotary: Rotary, mask: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """What y [B,S,W] finds among keys and values; see `Layer.forward` for the mask."""
         queries = rotate(self._heads(self.q_proj(y)), rotary)
-        found = F.scaled_dot_product_attention(queries, self._shared(keys), self._shared(values), mask)
+        # those of a group follow each other: one attention of many queries, and no copy of the keys per query head
+        grouped = queries.unflatten(1, (-1, self.groups)).flatten(2, 3)
+        found = F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(queries.shape)
         return self.o_proj(found.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _shared(self, x: Tensor) -> Tensor:
-        """Keys or values as every query head sees them; a view when there is one head of them."""
-        return x[:, :, None].expand(-1, -1, self.groups, -1, -1).flatten(1, 2)
 
 
 class MLP(nn.Module):
@@ -172,8 +170,8 @@ class Layer(nn.Module):
         condition: Tensor | None = None,
         past: Past | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,S,W] after the layer, and its own keys and values. `mask` bool [B,1,S or 1,P+S] is True where a token
-        may look; the P tokens of `past` come first."""
+        """x [B,S,W] after the layer, and its own keys and values. `mask` bool [B,1,groups*S or 1,P+S] is True where a
+        token may look; the P tokens of `past` come first."""
         y, gate = self.input_layernorm(x, condition)
         keys, values = self.self_attn.keys_values(y, rotary)
         seen = (keys, values) if past is None else past.extended(keys, values)
@@ -230,8 +228,8 @@ class Gemma(nn.Module):
             part.requires_grad_(False)
 
     def suffix(self, x: Tensor, rotary: Rotary, mask: Tensor, past: list[Past], condition: Tensor | None) -> Tensor:
-        """x [B,S,W] after all layers and the final norm, reading `past`."""
-        x = x.to(self.dtype)
+        """x [B,S,W] after all layers and the final norm, reading `past`; mask bool [B,1,S,P+S]."""
+        x, mask = x.to(self.dtype), mask.repeat(1, 1, self.config.heads // self.config.kv_heads, 1)
         for layer, before in zip(self.layers, past, strict=True):
             x, _, _ = checkpointed(self.checkpointing, layer, x, rotary, mask, condition, before)
         return self.norm(x, condition)[0]

@@ -60,7 +60,7 @@ class Prefix:
     """π₀'s state token [B,1,We]."""
     suffix_rotary: Rotary
     suffix_mask: Tensor
-    """bool [B,1,S or 1,P+S]."""
+    """bool [B,1,S,P+S]."""
 
 
 class Network(nn.Module):
