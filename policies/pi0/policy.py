@@ -112,7 +112,9 @@ class Pi0Policy(FlowVLAPolicy[Pi0Config]):
     def encode(self, inputs: Inputs) -> Prefix:
         images = {name: inputs[f"image.{name}"] for name in self.views}
         masks = {name: inputs[f"image_mask.{name}"] for name in self.views}
-        return self.network.encode(images, masks, inputs["tokens"], inputs["token_mask"], inputs.get("state"))
+        tokens, mask = inputs["tokens"], inputs["token_mask"]
+        longest = mask.shape[1] if mask.is_meta else int(mask.sum(1).max())  # nothing sees the padding behind
+        return self.network.encode(images, masks, tokens[:, :longest], mask[:, :longest], inputs.get("state"))
 
     def velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(v [B,H,D], the action expert's last hidden layer [B,H,W])."""
