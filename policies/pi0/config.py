@@ -88,5 +88,8 @@ class Pi05Config(Pi0Config):
     """π₀.₅: the state is written into the prompt, and the time conditions the action expert's norms."""
 
     network: NetworkConfig = PI05
+    state_in_prompt: bool = True
+    """False for checkpoints trained with openpi's discrete_state_input=False, such as its own for LIBERO: they know
+    nothing of the state, and their prompt is π₀'s."""
     prompt_length: int = 200
     denoise_steps: int = 5

@@ -95,11 +95,11 @@ class Pi0Policy(FlowVLAPolicy[Pi0Config]):
             inputs[f"image_mask.{name}"] = torch.tensor(observation.image_mask[camera])
         state = self.state_normaliser.normalise(torch.tensor(observation.state, device=self.device))
         texts = observation.texts()
-        if self.config.network.adaptive:
-            prompts = [pi05_prompt(self.tokenizer, *row) for row in zip(texts, state.numpy(force=True), strict=True)]
-        else:
+        prompts = [self._prompt(text) for text in texts]
+        if not self.config.network.adaptive:
             inputs["state"] = padded(state, self.width)
-            prompts = [self._prompt(text) for text in texts]
+        elif not isinstance(self.config, Pi05Config) or self.config.state_in_prompt:
+            prompts = [pi05_prompt(self.tokenizer, *row) for row in zip(texts, state.numpy(force=True), strict=True)]
         tokens, mask = pad(prompts, texts, self.config.prompt_length)
         known = self.config.network.vocabulary
         if tokens.max(initial=0) >= known:

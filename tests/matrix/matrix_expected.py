@@ -109,8 +109,8 @@ def _left(text: str) -> list[int]:
     return [PAD] * (PROMPT["openvla"] - len(ids)) + ids
 
 
-def pi0_prompts(instructions: Sequence[str]) -> list[list[int]]:
-    return [_right("pi0", [2, *_bytes(text), *_bytes("\n")]) for text in instructions]
+def pi0_prompts(instructions: Sequence[str], family: str = "pi0") -> list[list[int]]:
+    return [_right(family, [2, *_bytes(text), *_bytes("\n")]) for text in instructions]
 
 
 def pi05_prompts(instructions: Sequence[str], states: np.ndarray) -> list[list[int]]:

@@ -91,6 +91,11 @@ def policy_state(simulator: Recorder, state: np.ndarray) -> np.ndarray:
     return np.array(found, np.float32)
 
 
+def sees_state(simulator: Recorder, family: str) -> bool:
+    """OpenVLA's network never sees the robot's state, openpi's π₀.₅ for LIBERO was trained without."""
+    return family != "openvla" and (family, simulator.place.name) != ("pi05", "libero")
+
+
 def configure(family: str, simulator: Recorder, **settings: Any) -> Any:
     """As published, but tiny; a folder is to be added."""
     place = simulator.place
@@ -109,7 +114,10 @@ def configure(family: str, simulator: Recorder, **settings: Any) -> Any:
     if family == "gr00t":
         tiny |= {"network": gr00t_sizes.tiny(), "unit_gripper": True, "state_keys": ("arm", "hand")}
         return Gr00tConfig(**tiny | {"action_keys": ("arm", "hand")} | settings)
-    return (Pi05Config if family == "pi05" else Pi0Config)(**tiny | {"network": tiny_pi0(family == "pi05")} | settings)
+    tiny |= {"network": tiny_pi0(family == "pi05")}
+    if family == "pi05":
+        return Pi05Config(**tiny | {"state_in_prompt": sees_state(simulator, family)} | settings)
+    return Pi0Config(**tiny | settings)
 
 
 def build(family: str, simulator: Recorder, folder: Path, **settings: Any) -> Any:

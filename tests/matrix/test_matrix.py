@@ -24,7 +24,7 @@ from matrix_expected import (
     pi0_prompts,
     pi05_prompts,
 )
-from matrix_families import CHUNK, FAMILIES, PIXELS, Dataset, build, policy_state, publish
+from matrix_families import CHUNK, FAMILIES, PIXELS, Dataset, build, policy_state, publish, sees_state
 from matrix_simulators import GROUP, ROWS, STEPS, Recorder
 
 from embodied_rl.algorithms.grpo import GRPOConfig
@@ -57,7 +57,9 @@ class Pair:
         if self.family.startswith("openvla"):
             vision, text = network.vision_backbone, network.language_model.model
             layers = {"dino": vision.featurizer.patch_embed, "siglip": vision.fused_featurizer.patch_embed}
-            layers |= {"prompt": text.embed_tokens} | ({"state": network.proprio_projector} if self.states else {})
+            layers |= {"prompt": text.embed_tokens} | (
+                {"state": network.proprio_projector} if self.family == "openvla_oft" else {}
+            )
         elif self.family == "gr00t":
             layers = {"pixels": network.eagle.vision_model, "state": network.action_head.state_encoder}
             layers |= {"prompt": network.eagle.language_model["model"].embed_tokens}
@@ -76,11 +78,6 @@ class Pair:
 
     def _note(self, name: str) -> Any:
         return lambda _, given, named: self.network[name].append((*given, *named.values())[0].numpy())
-
-    @property
-    def states(self) -> bool:
-        """Whether the network sees the robot's state."""
-        return self.family != "openvla"
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -140,7 +137,9 @@ def check_inputs(pair: Pair, seen: Observation, inputs: dict[str, torch.Tensor])
         "openvla": lambda: openvla_prompts(texts),
         "openvla_oft": lambda: openvla_prompts(texts),
         "pi0": lambda: pi0_prompts(texts),
-        "pi05": lambda: pi05_prompts(texts, normalised),
+        "pi05": lambda: (
+            pi05_prompts(texts, normalised) if sees_state(pair.simulator, "pi05") else pi0_prompts(texts, "pi05")
+        ),
         "gr00t": lambda: gr00t_prompts(texts, len(images)),
     }
     prompt = inputs["prompt" if pair.family.startswith("openvla") else "tokens"]

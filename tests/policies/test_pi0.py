@@ -118,6 +118,15 @@ def test_the_value_sees_the_observation_and_trains_what_it_is_told_to(adaptive):
         assert not policy.features(inputs).requires_grad
 
 
+def test_pi05_without_its_state_has_the_prompt_of_pi0():
+    with_state, without, pi0 = build(True), build(True, state_in_prompt=False), build(False)
+    observation = synthesise(pi0.observation_spec)
+    blind = without.prepare(observation)
+    assert torch.equal(blind["tokens"], pi0.prepare(observation)["tokens"]) and "state" not in blind
+    assert not torch.equal(blind["tokens"], with_state.prepare(observation)["tokens"])
+    check(without)
+
+
 @both
 def test_groups_are_frozen_by_name(adaptive):
     groups = build(adaptive, frozen=("expert", "value"), method="noise").parameter_groups()
