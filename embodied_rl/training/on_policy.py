@@ -41,7 +41,7 @@ class OnPolicyWorkflow(ABC):
         """A batch by the current weights."""
 
     def iterate(self, border: bool) -> Metrics:
-        """One update, or as many as were left to do before a border."""
+        """Learn from a batch, or before a border from all that are left; the metrics are those of the last."""
         while len(self.waiting) <= (0 if border else self.algorithm.staleness):
             self.waiting.append(self.collect())
         metrics = self._learn()
@@ -113,6 +113,8 @@ class EpisodeWorkflow(OnPolicyWorkflow):
 
 def _only(batch: EpisodeBatch, chosen: np.ndarray) -> EpisodeBatch:
     """Without the decisions of the episodes that are not `chosen` (bool [E])."""
+    if chosen.all():
+        return batch
     tickets = [episode.ticket for episode, keep in zip(batch.episodes, chosen, strict=True) if keep]
     index = torch.isin(batch.tickets, torch.tensor(tickets, dtype=torch.int64)).nonzero().squeeze(1)
-    return batch if chosen.all() else combine([batch], lambda tensors: tensors[0][index.to(tensors[0].device)])
+    return combine([batch], lambda tensors: tensors[0][index.to(tensors[0].device)])
