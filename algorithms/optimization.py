@@ -27,23 +27,27 @@ def actor_parameters(policy: Any) -> list[nn.Parameter]:
     return [parameter for name, group in policy.parameter_groups().items() if name != "value" for parameter in group]
 
 
-def adam(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+def adam(
+    parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float = 0.0, beta2: float = 0.999
+) -> torch.optim.AdamW:
     """AdamW (plain Adam without decay) of the parameters that are not frozen, fused into one kernel per step. Raises
     `UserError` when all are frozen."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         raise UserError("nothing to train: the policy has no unfrozen parameter of the kind this algorithm improves")
     fused = not trained[0].is_meta  # where there are no numbers there is no kernel
-    return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay, fused=fused)
 
 
-def backward(loss: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Gradients of `loss` for the parameters of `optimizers` and of nothing else, in place of what was there before.
-    Returns the gradient norm [] of each optimizer's own parameters."""
+def backward(loss: Tensor, optimizers: Optimizers, add: bool = False) -> dict[str, Tensor]:
+    """Gradients of `loss` for the parameters of `optimizers` and of nothing else, in place of what was there before, or
+    added to it. Returns the gradient norm [] of each optimizer's own parameters."""
     parameters = {name: _parameters(optimizer) for name, optimizer in optimizers.items()}
     flat = [parameter for group in parameters.values() for parameter in group]
     gradients = torch.autograd.grad(loss, flat, allow_unused=True)
     for parameter, gradient in zip(flat, gradients, strict=True):
+        if add and parameter.grad is not None:
+            gradient = parameter.grad if gradient is None else parameter.grad + gradient
         parameter.grad = gradient
     return {
         name: nn.utils.get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])

@@ -42,6 +42,8 @@ class PolicyGradientConfig:
 
     learning_rate: float = 1e-4
     """Of the policy."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's squared gradients, of policy and critic."""
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -57,6 +59,9 @@ class PolicyGradientConfig:
     epochs: int = 5
     minibatches: int = 4
     """Per epoch."""
+    microbatch: int | None = None
+    """Decisions of a minibatch that are differentiated at a time; the gradients add up to those of the minibatch. Fewer
+    take less memory. None = all."""
     max_grad_norm: float = 1.0
     """Of each optimizer's own parameters."""
     target_kl: float | None = None
@@ -76,6 +81,8 @@ class PolicyGradientConfig:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.minibatches < 1:
             raise UserError("algorithm: epochs and minibatches must be at least 1")
+        if self.microbatch is not None and self.microbatch < 1:
+            raise UserError(f"algorithm: microbatch must be at least 1, not {self.microbatch}; none takes all at once")
         if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
             raise UserError(
                 f"algorithm: needs 0 <= clip_low < 1 and clip_high >= 0, not {self.clip_low}, {self.clip_high}"
@@ -101,7 +108,7 @@ class PolicyGradient(Algorithm):
     def __init__(self, config: Any, policy: Any) -> None:
         self.config = config
         self.policy = policy
-        self.policy_optimizer = adam(actor_parameters(policy), config.learning_rate)
+        self.policy_optimizer = adam(actor_parameters(policy), config.learning_rate, beta2=config.adam_beta2)
         self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coefficient else None
         self.iterations = 0
         self.updates = 0
@@ -188,12 +195,18 @@ class PolicyGradient(Algorithm):
         if self.reference is not None:
             metrics["kl"] = mean(kl_estimate(log_prob, sums(batch["reference"])[0], "k3"))
             loss = loss + config.kl_coefficient * metrics["kl"]
-        return loss, metrics
+        share = batch.get("share", 1.0)
+        return share * loss, {name: share * metric for name, metric in metrics.items()}
 
     def _update(self, batch: Batch) -> Metrics | None:
         """One minibatch; None, and nothing changed, when the policy has moved too far."""
-        loss, metrics, optimizers = self.losses(batch)
-        norms = backward(loss, optimizers)
+        optimizers: Optimizers = {}
+        metrics: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
+        for part in self._microbatches(batch):
+            loss, found, optimizers = self.losses(part)
+            norms = backward(loss, optimizers, add=bool(metrics))
+            metrics = {name: value.detach() + metrics.get(name, 0.0) for name, value in found.items()}
         values = read_finite(metrics | norms, self.updates)
         if self.config.target_kl is not None and values.get("approx_kl", 0.0) > self.config.target_kl:
             for optimizer in optimizers.values():
@@ -202,6 +215,18 @@ class PolicyGradient(Algorithm):
         apply(optimizers, norms, self.config.max_grad_norm)
         self.updates += 1
         return values
+
+    def _microbatches(self, batch: Batch) -> Iterator[Batch]:
+        """`batch`, or its parts with their "row_share" of its rows and "share" of what its policy loss is a mean of."""
+        config, rows = self.config, len(batch["valid"])
+        if config.microbatch is None or config.microbatch >= rows:
+            yield batch
+            return
+        weight = batch["weight"] if config.mean_over == "episodes" else torch.ones_like(batch["weight"])
+        if config.mean_over == "terms" and config.granularity != "chunk":
+            weight = batch["valid"].sum(1).to(weight.dtype)  # every step has equally many terms
+        for index in torch.arange(rows, device=weight.device).split(config.microbatch):
+            yield select(batch, index) | {"row_share": len(index) / rows, "share": weight[index].sum() / weight.sum()}
 
     def _adapt(self, kl: float) -> None:
         wanted = self.config.adapt_to_kl
@@ -219,9 +244,10 @@ class PolicyGradient(Algorithm):
 
     @torch.no_grad()
     def _scores(self, policy: Any, data: Batch) -> Tensor:
-        """[R,L], what `policy` says of the recorded actions, in as many parts as there are minibatches."""
+        """[R,L], what `policy` says of the recorded actions, in parts as large as those that are differentiated."""
         rows = len(data["log_prob"])
-        parts = torch.arange(rows, device=data["log_prob"].device).tensor_split(min(self.config.minibatches, rows))
+        size = self.config.microbatch or -(-rows // self.config.minibatches)
+        parts = torch.arange(rows, device=data["log_prob"].device).split(size)
         batches = (select({name: data[name] for name in ("inputs", "trace")}, part) for part in parts)
         return torch.cat([policy.evaluate_actions(batch["inputs"], batch["trace"]).log_prob for batch in batches])
 

@@ -59,7 +59,7 @@ class PPO(PolicyGradient, OnPolicyAlgorithm):
         value = policy.parameter_groups().get("value", [])
         if not value:
             raise UserError(f"ppo needs a value head, which {type(policy).__name__} has not: use grpo")
-        self.value_optimizer = adam(value, config.value_learning_rate)
+        self.value_optimizer = adam(value, config.value_learning_rate, beta2=config.adam_beta2)
 
     def learn(self, trajectory: Trajectory, generator: torch.Generator) -> Metrics:
         """Several epochs over the decisions of `trajectory` that have a valid step.
@@ -123,7 +123,8 @@ class PPO(PolicyGradient, OnPolicyAlgorithm):
         value = None if score is None else score.value
         if value is None:
             value = self.policy.value(batch["inputs"])
-        error = value_loss(value, batch["value"], batch["returns"], config.value_clip, config.huber_delta).mean()
+        errors = value_loss(value, batch["value"], batch["returns"], config.value_clip, config.huber_delta)
+        error = batch.get("row_share", 1.0) * errors.mean()
         loss, metrics = config.value_coefficient * error, {"value_loss": error}
         optimizers: Optimizers = {"value_grad_norm": self.value_optimizer}
         if score is not None:
