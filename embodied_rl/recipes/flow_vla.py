@@ -6,6 +6,8 @@ are rounded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from embodied_rl.algorithms.grpo import GRPOConfig
@@ -20,7 +22,8 @@ from embodied_rl.simulators.libero.config import LiberoConfig
 from embodied_rl.simulators.maniskill.config import ManiSkillConfig
 
 GROUP = 8
-HAND = ("policy.eef_pos", "policy.eef_quat", "policy.gripper_pos")
+HAND = ("policy.eef_pos", "policy.eef_quat:axis_angle", "policy.gripper_pos")
+VIEWS = ("table_cam", "wrist_cam")
 
 
 # -- LIBERO, PPO ------------------------------------------------------------------------------------------------------
@@ -68,7 +71,8 @@ def libero_long_ppo_pi05() -> RunConfig:
 
 def libero_spatial_ppo_gr00t() -> RunConfig:
     """GR00T N1.5 in LIBERO-Spatial, PPO."""
-    return _libero_ppo("libero_spatial_ppo_gr00t", "libero_spatial", _gr00t, epochs=4, batch=1024)
+    unit_gripper = partial(_gr00t, unit_gripper=True)
+    return _libero_ppo("libero_spatial_ppo_gr00t", "libero_spatial", unit_gripper, 4, batch=1024, adam_beta2=0.999)
 
 
 # -- LIBERO, GRPO -----------------------------------------------------------------------------------------------------
@@ -124,24 +128,24 @@ def maniskill_ppo_pi0() -> RunConfig:
 
 def maniskill_ppo_pi05() -> RunConfig:
     """π₀.₅ in ManiSkill, PPO with learned noise (Flow-Noise)."""
-    return _maniskill_ppo("maniskill_ppo_pi05", Pi05Config, epochs=5)
+    return _maniskill_ppo("maniskill_ppo_pi05", partial(Pi05Config, state_in_prompt=False), epochs=5)
 
 
 def isaaclab_ppo_gr00t() -> RunConfig:
     """GR00T N1.5 stacks cubes in Isaac Lab, PPO."""
-    amounts = Amounts(64, 2, 448, 16, 512)
+    amounts = Amounts(64, 2, 448, 16, 512, 32)
     algorithm = _ppo(amounts, epochs=3, learning_rate=1e-5, value_learning_rate=2e-5)
-    return _isaaclab("isaaclab_ppo_gr00t", _gr00t(amounts.chunk, state=HAND), algorithm, amounts)
+    return _isaaclab("isaaclab_ppo_gr00t", _gr00t(amounts.chunk, state=HAND, cameras=VIEWS), algorithm, amounts)
 
 
 def isaaclab_ppo_pi05() -> RunConfig:
     """π₀.₅ stacks cubes in Isaac Lab, PPO."""
-    amounts = Amounts(128, 2, 450, 5, 256)
+    amounts = Amounts(128, 2, 450, 5, 256, 32)
     return _isaaclab("isaaclab_ppo_pi05", _pi05(amounts.chunk, state=HAND), _ppo(amounts, epochs=3), amounts)
 
 
 def libero_spatial_dsrl_pi0() -> RunConfig:
-    """π₀ in LIBERO-Spatial, its noise chosen by soft actor-critic (DSRL, arXiv 2506.15799); π₀ itself does not learn."""
+    """π₀ in LIBERO-Spatial, its noise chosen by soft actor-critic (DSRL, arXiv 2506.15799); π₀ does not learn."""
     amounts = Amounts(16, 1, 240, 5, 512)
     return RunConfig(
         recipe="libero_spatial_dsrl_pi0",
@@ -173,7 +177,8 @@ def _pi0(chunk: int) -> Pi0Config:
 
 
 def _pi05(chunk: int, **more: Any) -> Pi05Config:
-    return Pi05Config(horizon=10, chunk=chunk, denoise_steps=3, dtype="float32", **more)
+    # the checkpoints to start from were trained without the state
+    return Pi05Config(horizon=10, chunk=chunk, denoise_steps=3, state_in_prompt=False, dtype="float32", **more)
 
 
 def _gr00t(chunk: int, **more: Any) -> Gr00tConfig:
@@ -193,6 +198,7 @@ def _ppo(
         value_coefficient=1.0,
         epochs=epochs,
         minibatches=amounts.minibatches,
+        microbatch=amounts.microbatch,
         critic_warmup=0,
         **more,
     )
@@ -204,16 +210,23 @@ def _libero(suite: str, amounts: Amounts) -> LiberoConfig:
 
 def _amounts(suite: str, batch: int = 2048) -> Amounts:
     """Long tasks take twice the steps, in chunks twice as long."""
-    return Amounts(64, 8, 480, 10, batch) if suite == "libero_10" else Amounts(64, 8, 240, 5, batch)
+    return Amounts(64, 8, 480, 10, batch, 128) if suite == "libero_10" else Amounts(64, 8, 240, 5, batch, 128)
 
 
-def _libero_ppo(name: str, suite: str, policy: Any, epochs: int, batch: int = 2048) -> RunConfig:
+def _libero_ppo(
+    name: str, suite: str, policy: Any, epochs: int, batch: int = 2048, adam_beta2: float = 0.95
+) -> RunConfig:
     amounts = _amounts(suite, batch)
     return RunConfig(
         recipe=name,
         simulator=_libero(suite, amounts),
         policy=policy(amounts.chunk),
-        algorithm=_ppo(amounts, epochs, max_grad_norm=2.0 if suite == "libero_10" else 1.0),
+        algorithm=_ppo(
+            amounts,
+            epochs,
+            adam_beta2=adam_beta2,
+            max_grad_norm=2.0 if suite == "libero_10" else 1.0,
+        ),
         training=amounts.training(),
         evaluation=EvaluationConfig(episodes=500),
     )
@@ -233,14 +246,16 @@ def _libero_grpo(name: str, suite: str, policy: Any) -> RunConfig:
             keep_mean=(0.1, 0.9),
             epochs=4 if suite == "libero_10" else 2,
             minibatches=amounts.minibatches,
+            microbatch=amounts.microbatch,
+            adam_beta2=0.95,
         ),
         training=amounts.training(),
         evaluation=EvaluationConfig(episodes=500),
     )
 
 
-def _maniskill_ppo(name: str, kind: type[Pi0Config], epochs: int) -> RunConfig:
-    amounts = Amounts(320, 1, 80, 5, 5120)
+def _maniskill_ppo(name: str, kind: Callable[..., Pi0Config], epochs: int) -> RunConfig:
+    amounts = Amounts(320, 1, 80, 5, 5120, 32)
     return RunConfig(
         recipe=name,
         simulator=ManiSkillConfig(
