@@ -162,9 +162,9 @@ def decoded(tokens: np.ndarray) -> np.ndarray:
     return centres[np.clip(VOCABULARY - tokens - 1, 0, 254)]
 
 
-def executed(family: str, output: np.ndarray, data: Dataset, opens: int) -> np.ndarray:
+def executed(family: str, output: np.ndarray, data: Dataset, opens: int | None) -> np.ndarray:
     """The simulator's actions [...,7] for the network's [...,7 and more], numbers; `opens` is the sign that opens the
-    simulator's gripper."""
+    simulator's gripper, None when the data's is the same."""
     has, output = data.action, output[..., :7].astype(np.float64)
     if family == "pi0":
         return np.clip(output * (has["std"] + 1e-6) + has["mean"], -1, 1)
@@ -172,10 +172,12 @@ def executed(family: str, output: np.ndarray, data: Dataset, opens: int) -> np.n
         return np.clip((output + 1) / 2 * (has["q99"] - has["q01"] + 1e-6) + has["q01"], -1, 1)
     if family == "gr00t":
         actions = (output + 1) / 2 * (has["max"] - has["min"]) + has["min"]
-        actions[..., 6] = opens * (2 * np.clip(actions[..., 6], 0, 1) - 1)
+        if opens is not None:  # the original rounds to -1 or 1, LIBERO takes the sign
+            actions[..., 6] = opens * (2 * np.clip(actions[..., 6], 0, 1) - 1)
         return np.clip(actions, -1, 1)
     epsilon = 1e-8 if family == "openvla_oft" else 0.0
     actions = 0.5 * (output + 1) * (has["q99"] - has["q01"] + epsilon) + has["q01"]
     # the gripper is not scaled: 1 is open, and only which of both it is nearer to counts
+    assert opens is not None
     actions[..., 6] = opens * np.sign(2 * output[..., 6] - 1)
     return np.clip(actions, -1, 1)

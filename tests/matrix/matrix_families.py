@@ -58,8 +58,7 @@ class Dataset:
 
 
 def dataset(simulator: Recorder, family: str) -> Dataset:
-    """Near what the simulator shows, all numbers different. The gripper of the data sets of OpenVLA and GR00T runs from
-    0, closed, to 1, open; π₀'s is the simulator's."""
+    """Near what the simulator shows, all numbers different."""
     rng = np.random.default_rng(0)
     seen = policy_state(simulator, simulator.seen[0].state)[0].astype(np.float64)
 
@@ -70,10 +69,16 @@ def dataset(simulator: Recorder, family: str) -> Dataset:
 
     state = around(seen + 0.02 * rng.standard_normal(len(seen)), rng.uniform(0.05, 0.3, len(seen)))
     action = around(rng.uniform(-0.2, 0.2, 7), rng.uniform(0.5, 0.9, 7))
-    if family in ("openvla", "openvla_oft", "gr00t"):
+    if unit_gripper(simulator, family):
         for name, value in {"mean": 0.6, "std": 0.5, "min": 0.0, "max": 1.0, "q01": 0.0, "q99": 1.0}.items():
             action[name][6] = value
     return Dataset(state, action)
+
+
+def unit_gripper(simulator: Recorder, family: str) -> bool:
+    """Whether the gripper of the data runs from 0, closed, to 1, open: OpenVLA's do, and GR00T's of LIBERO. The others
+    are the simulator's."""
+    return family.startswith("openvla") or (family, simulator.place.name) == ("gr00t", "libero")
 
 
 def policy_state(simulator: Recorder, state: np.ndarray) -> np.ndarray:
@@ -112,7 +117,8 @@ def configure(family: str, simulator: Recorder, **settings: Any) -> Any:
     flow = {"tokenizer": "bytes", "horizon": HORIZON, "chunk": CHUNK, "denoise_steps": 2, "value_hidden": (16,)}
     tiny |= flow | {"state": place.state}
     if family == "gr00t":
-        tiny |= {"network": gr00t_sizes.tiny(), "unit_gripper": True, "state_keys": ("arm", "hand")}
+        tiny |= {"network": gr00t_sizes.tiny(), "cameras": place.cameras, "state_keys": ("arm", "hand")}
+        tiny |= {"unit_gripper": unit_gripper(simulator, family)}
         return Gr00tConfig(**tiny | {"action_keys": ("arm", "hand")} | settings)
     tiny |= {"network": tiny_pi0(family == "pi05")}
     if family == "pi05":

@@ -24,7 +24,7 @@ from matrix_expected import (
     pi0_prompts,
     pi05_prompts,
 )
-from matrix_families import CHUNK, FAMILIES, PIXELS, Dataset, build, policy_state, publish, sees_state
+from matrix_families import CHUNK, FAMILIES, PIXELS, Dataset, build, policy_state, publish, sees_state, unit_gripper
 from matrix_simulators import GROUP, ROWS, STEPS, Recorder
 
 from embodied_rl.algorithms.grpo import GRPOConfig
@@ -80,6 +80,11 @@ class Pair:
         return lambda _, given, named: self.network[name].append((*given, *named.values())[0].numpy())
 
     @property
+    def opens(self) -> int | None:
+        """The sign that opens the simulator's gripper where the data's is another."""
+        return self.simulator.action_spec.gripper_open if unit_gripper(self.simulator, self.family) else None
+
+    @property
     def views(self) -> tuple[str, ...]:
         """The simulator's cameras in the network's order."""
         return self.simulator.place.cameras[: 1 if self.family == "openvla" else None]
@@ -102,7 +107,7 @@ def test_network_and_simulator_are_given_the_published_conversions(
         output = pair.network["output"][0]
         if tokens is not None:
             np.testing.assert_array_equal(output, decoded(tokens.numpy()).reshape(output.shape))
-        expected = executed(family, output, pair.data, simulator.action_spec.gripper_open)
+        expected = executed(family, output, pair.data, pair.opens)
         assert simulator.told[-1].shape == (ROWS, 1 if family == "openvla" else CHUNK, 7)
         np.testing.assert_allclose(simulator.told[-1], expected, rtol=0, atol=1e-6)
     first, second = simulator.seen[-3], simulator.seen[-2]
@@ -166,13 +171,13 @@ def test_whatever_the_network_says_is_converted_and_what_it_calls_open_opens(
         output = torch.linspace(-3, 3, 61)[:, None, None].repeat(1, 1, policy.width)
         actions, output = policy.to_simulator(output), output.numpy()
     told = pair.connection.action(actions.numpy())
-    np.testing.assert_allclose(told, executed(family, output, pair.data, opens), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(told, executed(family, output, pair.data, pair.opens), rtol=0, atol=1e-6)
     assert told.dtype == np.float32 and np.abs(told).max() <= 1
 
     # closed, then open: the extremes of what the network can say about the gripper
     gripper = np.sort(told[..., 6].ravel() * opens)[[0, -1]]
     assert gripper[0] < -0.2 and gripper[1] > 0.2
-    if not family.startswith("pi0"):
+    if unit_gripper(simulator, family):
         assert gripper.tolist() == [-1, 1]
     simulator.reset(tickets=np.zeros(ROWS, np.int64))
     chunk = np.zeros((ROWS, STEPS, 7), np.float32)
