@@ -10,13 +10,14 @@ from embodied_rl.config import TrainingConfig
 @dataclass(frozen=True)
 class Amounts:
     """An iteration of `envs` environments, each of which makes `steps` steps `epochs` times over, in chunks of `chunk`;
-    an update takes `batch` decisions of it."""
+    an update takes `batch` decisions of it, `part` at a time (all where it is 0)."""
 
     envs: int
     epochs: int
     steps: int
     chunk: int
     batch: int
+    part: int = 0
 
     @property
     def decisions(self) -> int:
@@ -27,6 +28,11 @@ class Amounts:
     def minibatches(self) -> int:
         """Per epoch of learning."""
         return max(1, self.envs * self.decisions // self.batch)
+
+    @property
+    def microbatch(self) -> int | None:
+        """As algorithms call `part`."""
+        return self.part or None
 
     def groups(self, size: int) -> int:
         """Groups of `size` episodes per iteration, when every environment runs one episode per epoch."""

@@ -18,7 +18,7 @@ GROUP = 8
 
 def maniskill_ppo_openvla() -> RunConfig:
     """OpenVLA in ManiSkill, PPO of LoRA adapters."""
-    return _maniskill_ppo("maniskill_ppo_openvla", _lora(OpenVLAConfig()), Amounts(128, 1, 160, 1, 640))
+    return _maniskill_ppo("maniskill_ppo_openvla", _lora(OpenVLAConfig()), Amounts(128, 1, 160, 1, 640, 80))
 
 
 def maniskill_async_ppo_openvla() -> RunConfig:
@@ -26,7 +26,7 @@ def maniskill_async_ppo_openvla() -> RunConfig:
     return _maniskill_ppo(
         "maniskill_async_ppo_openvla",
         _lora(OpenVLAConfig()),
-        Amounts(64, 1, 80, 1, 320),
+        Amounts(64, 1, 80, 1, 320, 40),
         clip_low=0.3,
         clip_high=0.3,
         staleness=1,
@@ -38,18 +38,18 @@ def maniskill_async_ppo_openvla() -> RunConfig:
 def maniskill_grpo_openvla() -> RunConfig:
     """OpenVLA in ManiSkill, GRPO of all weights."""
     policy = replace(_full(OpenVLAConfig()), top_k=50)
-    return _grpo("maniskill_grpo_openvla", _maniskill(256), policy, Amounts(256, 1, 80, 1, 640), learning_rate=1e-5)
+    return _grpo("maniskill_grpo_openvla", _maniskill(256), policy, Amounts(256, 1, 80, 1, 640, 40), learning_rate=1e-5)
 
 
 def maniskill_ppo_openvla_oft() -> RunConfig:
     """OpenVLA-OFT in ManiSkill, PPO of LoRA adapters."""
     policy = _lora(OpenVLAOFTConfig())
-    return _maniskill_ppo("maniskill_ppo_openvla_oft", policy, Amounts(128, 1, 160, 8, 640), clip_high=0.28)
+    return _maniskill_ppo("maniskill_ppo_openvla_oft", policy, Amounts(128, 1, 160, 8, 640, 40), clip_high=0.28)
 
 
 def maniskill_grpo_openvla_oft() -> RunConfig:
     """OpenVLA-OFT in ManiSkill, GRPO of LoRA adapters."""
-    policy, amounts = replace(_lora(OpenVLAOFTConfig()), value_head=False), Amounts(256, 1, 80, 8, 640)
+    policy, amounts = replace(_lora(OpenVLAOFTConfig()), value_head=False), Amounts(256, 1, 80, 8, 640, 40)
     return _grpo("maniskill_grpo_openvla_oft", _maniskill(256), policy, amounts, learning_rate=1e-4)
 
 
@@ -100,6 +100,7 @@ def _maniskill_ppo(name: str, policy: Any, amounts: Amounts, critic_warmup: int 
             granularity="token" if policy.executed > 1 else "action",
             epochs=1,
             minibatches=amounts.minibatches,
+            microbatch=amounts.microbatch,
             max_grad_norm=10.0,
             critic_warmup=critic_warmup,
             **more,
@@ -122,6 +123,7 @@ def _grpo(name: str, simulator: Any, policy: Any, amounts: Amounts, learning_rat
             granularity="token",
             epochs=1,
             minibatches=amounts.minibatches,
+            microbatch=amounts.microbatch,
             **more,
         ),
         training=amounts.training(),
@@ -129,7 +131,7 @@ def _grpo(name: str, simulator: Any, policy: Any, amounts: Amounts, learning_rat
 
 
 def _libero_grpo(name: str, suite: str, epochs: int) -> RunConfig:
-    amounts = Amounts(64, epochs, 512, 8, 16384)
+    amounts = Amounts(64, epochs, 512, 8, 16384, 32)
     simulator = LiberoConfig(suite, num_envs=amounts.envs, max_steps=amounts.steps)
     policy = replace(_full(OpenVLAOFTConfig()), temperature=1.6)
     run = _grpo(name, simulator, policy, amounts, learning_rate=2e-5, keep_mean=(0.1, 0.9))

@@ -106,10 +106,11 @@ def costs(config: RunConfig, policy: Policy, inputs: Inputs, algorithm: Algorith
     yield "to act", f"{gib(acting)} of weights"
     if not isinstance(algorithm, OffPolicyAlgorithm):
         rows = decisions(config, policy, algorithm)
-        batch = -(-rows // min(algorithm_config(algorithm).minibatches, rows))
-        kept, record = memory.activations(policy, inputs, batch)
+        settings = algorithm_config(algorithm)
+        part = min(settings.microbatch or rows, -(-rows // min(settings.minibatches, rows)))
+        kept, record = memory.activations(policy, inputs, part)
         yield "recorded", f"{gib(rows * record)} per iteration, {gib(record)} a decision"
-        parts[f"activations of {batch:,} decisions"] = kept
+        parts[f"activations of {part:,} decisions"] = kept
     listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     yield "to learn", f"{gib(sum(parts.values()))}: {listed}"
 
