@@ -87,10 +87,9 @@ class SACConfig(OffPolicyConfig):
             raise UserError(f"sac: tau must be above 0 and at most 1, or none, not {self.tau}")
         if self.tau is not None and self.critic_norm == "batch_renorm":
             raise UserError("sac: batch_renorm critics have no target networks: set tau to none")
-        if self.initial_temperature <= 0 or self.temperature_learning_rate < 0 or self.steer_bound <= 0:
-            raise UserError(
-                "sac: initial_temperature and steer_bound must be above 0, temperature_learning_rate not below"
-            )
+        for name in ("initial_temperature", "steer_bound"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"sac: {name} must be above 0, not {getattr(self, name)}")
         if self.symmetric and self.batch_size % 2:
             raise UserError(f"sac: half of batch_size {self.batch_size} comes from demonstrations: make it even")
         if self.symmetric and self.steer != "no":

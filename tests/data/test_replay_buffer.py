@@ -160,6 +160,35 @@ def test_agrees_with_a_naive_replay(history, slots, recent):
             buffer.sample_successful(1, generator)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    history=st.lists(st.tuples(events, events), min_size=1, max_size=40),
+    slots=st.integers(2, 9),
+    decisions=st.integers(1, 4),
+)
+def test_several_decisions_are_followed_to_the_end_of_what_is_known(history, slots, decisions):
+    buffer, naive = ReplayBuffer(slots * 2, 2), NaiveReplay(slots, 2, 1)
+    play(buffer, naive, history)
+    successor = {(e["number"], e["next"]) for ring in naive.rings for e in ring if e["sampled"]}
+    if not successor:
+        return
+    following = dict(successor)
+    data = buffer.sample(40 * len(successor), np.random.default_rng(0), decisions)
+    plain = buffer.sample(40 * len(successor), np.random.default_rng(0))
+    for b, number in enumerate(data["inputs"]["state"][:, 0].astype(int)):
+        chain = [number]
+        while len(chain) < decisions and following[chain[-1]] in following:
+            chain.append(following[chain[-1]])
+        assert data["next_inputs"]["state"][b, 0] == following[chain[-1]]
+        made = data["valid"][b].any(1)
+        assert made.tolist() == [i < len(chain) for i in range(decisions)]
+        assert (data["potential"][b], data["next_potential"][b]) == (number / 2, following[chain[-1]] / 2)
+        np.testing.assert_array_equal(data["valid"][b, 0], plain["valid"][b, 0])
+        if len(chain) == 1:
+            assert data["terminated"][b] == plain["terminated"][b]
+        np.testing.assert_array_equal(data["actions"][b], plain["actions"][b])
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     before=st.lists(st.tuples(events, events), max_size=25),
