@@ -11,9 +11,9 @@ import numpy as np
 from embodied_rl.errors import UserError
 from embodied_rl.simulators import mujoco_gl
 from embodied_rl.simulators.base import Environment, InitialState
-from embodied_rl.simulators.metaworld import rendering
 from embodied_rl.simulators.metaworld.instructions import INSTRUCTIONS
 from embodied_rl.simulators.metaworld.lean import Scene
+from embodied_rl.simulators.metaworld.rendering import CAMERA, forget_uploads, image
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, TaskSpec
 
 STATE_SIZE = 39
@@ -40,7 +40,7 @@ class MetaWorldEnvironment(Environment):
         end_on_success: bool = True,
         max_steps: int = 500,
         image_size: int = 224,
-        shadows: bool = True,
+        rendering: str = "full",
     ) -> None:
         self._images = observation != "state"
         if self._images:
@@ -49,7 +49,7 @@ class MetaWorldEnvironment(Environment):
         self._sparse = reward == "sparse"
         self._end_on_success = end_on_success
         self._max_steps = max_steps
-        self._size, self._shadows = image_size, shadows
+        self._size, self._plain = image_size, rendering == "plain"
         self._scene: Scene | None = None
         self._env: Any = None
         self._steps = 0
@@ -57,7 +57,7 @@ class MetaWorldEnvironment(Environment):
         self.observation_spec = ObservationSpec(
             state=STATE_SIZE if self._full else PROPRIOCEPTION,
             state_names=_state_names()[: None if self._full else PROPRIOCEPTION],
-            cameras={rendering.CAMERA: CameraSpec(image_size, image_size)} if self._images else {},
+            cameras={CAMERA: CameraSpec(image_size, image_size)} if self._images else {},
         )
         self.action_spec = ActionSpec(
             low=(-1.0,) * 4,
@@ -98,13 +98,13 @@ class MetaWorldEnvironment(Environment):
         if self._images and self._scene:
             scene = self._scene
             scene.mujoco.mj_forward(scene.model, scene.data)  # places what a step leaves aside: cameras and lights
-            picture = rendering.image(scene.name, scene.model, scene.data, self._size, self._shadows)
-            frame[f"image.{rendering.CAMERA}"] = picture
+            picture = image(scene.name, scene.model, scene.data, self._size, self._plain)
+            frame[f"image.{CAMERA}"] = picture
         return frame
 
     def close(self) -> None:
         self._release()
-        rendering.close()
+        forget_uploads()
 
     def _release(self) -> None:
         if self._scene:

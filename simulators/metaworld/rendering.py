@@ -16,21 +16,27 @@ from embodied_rl.simulators import mujoco_gl
 
 CAMERA = "corner2"
 
-_uploads: dict[tuple[str, int], tuple[Any, Any]] = {}
-"""{(task, image size): (its meshes and textures in OpenGL, the scene to fill)}."""
+_uploads: dict[tuple[str, int, bool], tuple[Any, Any]] = {}
+"""{(task, image size, plain): (its meshes and textures in OpenGL, the scene to fill)}."""
 
 
-def image(name: str, model: Any, data: Any, size: int, shadows: bool) -> np.ndarray:
-    """uint8 [size,size,3] of task `name` as `data` stands."""
+def image(name: str, model: Any, data: Any, size: int, plain: bool) -> np.ndarray:
+    """uint8 [size,size,3] of task `name` as `data` stands; `plain` has no shadows, reflections or antialiasing."""
     mujoco: Any = importlib.import_module("mujoco")
     mujoco_gl.make_current()
-    if (name, size) not in _uploads:
+    if (name, size, plain) not in _uploads:
         offscreen = model.vis.global_
         offscreen.offwidth, offscreen.offheight = max(offscreen.offwidth, size), max(offscreen.offheight, size)
+        samples = model.vis.quality.offsamples
+        if plain:
+            model.vis.quality.offsamples = 0
         context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
-        _uploads[name, size] = context, mujoco.MjvScene(model, maxgeom=1000)
-    context, scene = _uploads[name, size]
-    scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
+        model.vis.quality.offsamples = samples
+        scene = mujoco.MjvScene(model, maxgeom=1000)
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            scene.flags[flag] = not plain
+        _uploads[name, size, plain] = context, scene
+    context, scene = _uploads[name, size, plain]
     view, everything = mujoco.MjvCamera(), mujoco.mjtCatBit.mjCAT_ALL
     view.type, view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera(CAMERA).id
     mujoco.mjv_updateScene(model, data, mujoco.MjvOption(), mujoco.MjvPerturb(), view, everything, scene)
@@ -42,11 +48,11 @@ def image(name: str, model: Any, data: Any, size: int, shadows: bool) -> np.ndar
     return np.ascontiguousarray(pixels[:, ::-1])
 
 
-def close() -> None:
+def forget_uploads() -> None:
     """Give the memory back; what is still needed is made again."""
     while _uploads:
         mujoco_gl.make_current()
         _uploads.popitem()[1][0].free()
 
 
-mujoco_gl.before_end(close)
+mujoco_gl.before_end(forget_uploads)

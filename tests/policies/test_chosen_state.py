@@ -96,7 +96,7 @@ def test_a_network_with_another_number_of_states_refuses_them():
 def test_a_policy_clones_a_demonstrator_that_sees_more(tmp_path):
     config = RunConfig(
         recipe="",
-        simulator=MetaWorldConfig(observation="state+rgb", image_size=16, shadows=False, num_envs=1, workers=1),
+        simulator=MetaWorldConfig(observation="state+rgb", image_size=16, rendering="plain", num_envs=1, workers=1),
         policy=TinyVLAConfig(chunk=8),
         demonstrations=DemonstrationsConfig(episodes=1),
         imitation=ImitationConfig(steps=1, batch_size=2),

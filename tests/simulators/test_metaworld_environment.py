@@ -46,7 +46,7 @@ def test_contract_with_states(hosted: bool, placements: Any) -> None:
 @pytest.mark.parametrize("hosted", [False, True])
 def test_contract_with_images(hosted: bool) -> None:
     config = MetaWorldConfig(
-        ("reach-v3",), "rgb", image_size=64, max_steps=2, shadows=False, num_envs=1 + hosted, workers=1
+        ("reach-v3",), "rgb", image_size=64, max_steps=2, rendering="plain", num_envs=1 + hosted, workers=1
     )
     with build(config, hosted) as simulator:
         check(simulator, steps=2)
@@ -174,8 +174,10 @@ def test_the_first_image_shows_the_goal_where_it_is() -> None:
     env.close()
 
 
-def test_images_without_shadows_and_larger_than_mujocos_buffer() -> None:
-    lit, flat = (MetaWorldEnvironment(["reach-v3"], "state+rgb", image_size=500, shadows=on) for on in (True, False))
+def test_plain_images_and_images_larger_than_mujocos_buffer() -> None:
+    lit, flat = (
+        MetaWorldEnvironment(["reach-v3"], "state+rgb", image_size=500, rendering=how) for how in ("full", "plain")
+    )
     images = []
     for env in (lit, flat):
         env.reset(InitialState(0, 1))
