@@ -89,6 +89,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     evaluate.add_argument("--episodes", type=_positive, help="default: as configured")
     evaluate.add_argument("--seed", type=int, default=0, help="0 (default): the run's own test episodes; else others")
     evaluate.add_argument("--stochastic", action="store_true", help="act with exploration noise")
+    evaluate.add_argument(
+        "--without", choices=("images", "instruction"), help="black images, or the next task's instruction"
+    )
 
     collect = command("collect", _collect, "Write scripted demonstrations to an HDF5 file.", **shown)
     collect.add_argument("recipe", nargs="?", metavar="RECIPE", help="whose task; default: quickstart")
@@ -221,7 +224,8 @@ def _evaluate(arguments: Any) -> None:
 
     episodes = arguments.episodes or configured.episodes
     deterministic = configured.deterministic and not arguments.stochastic
-    print(_sentence(evaluate_run(arguments.run, episodes, arguments.seed, deterministic)))
+    result = evaluate_run(arguments.run, episodes, arguments.seed, deterministic, arguments.without)
+    print(_sentence(result))
 
 
 def _sentence(evaluation: dict[str, Any]) -> str:
@@ -307,13 +311,16 @@ def _known(value: int | None) -> str:
 def _summary(target: str) -> str:
     """The first line of the docstring of "module:object", read from the source without importing it."""
     module, _, attribute = target.partition(":")
-    top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)
-    if spec is None:
-        return "(not installed)"
-    folder = spec.submodule_search_locations
-    path = Path(folder[0]).joinpath(*rest) if folder else Path(spec.origin or "").with_suffix("")
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if module in sys.modules:  # perhaps the running script, which cannot be found by its name, __main__
+        path = Path(getattr(sys.modules[module], "__file__", None) or "")
+    else:
+        top, *rest = module.split(".")
+        spec = importlib.util.find_spec(top)
+        if spec is None:
+            return "(not installed)"
+        folder = spec.submodule_search_locations
+        path = Path(folder[0]).joinpath(*rest) if folder else Path(spec.origin or "").with_suffix("")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     if not path.is_file():
         return ""
     for node in ast.parse(path.read_text()).body:

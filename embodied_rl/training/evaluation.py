@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from embodied_rl.config import load
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
-from embodied_rl.specs import connect
+from embodied_rl.specs import Connection, connect
 from embodied_rl.training import checkpoint
 from embodied_rl.training.streams import Streams
-from embodied_rl.types import Episode
+from embodied_rl.types import Episode, Observation
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -81,8 +81,28 @@ def run_episodes(worker: RolloutWorker, tickets: range, deterministic: bool = Tr
     return sorted(episodes, key=lambda episode: episode.ticket)
 
 
-def evaluate_run(run_dir: Path, episodes: int, seed: int = 0, deterministic: bool = True) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of a run on `episodes` test episodes; `seed` 0 gives those of the run itself."""
+Ablation = Literal["images", "instruction"]
+
+
+@dataclass(frozen=True)
+class Ablated(Connection):
+    """A connection that withholds something: the images are black, or every row is told the next task's instruction.
+    What a policy's success loses by it is what the policy owes to looking or to listening."""
+
+    without: Ablation = "images"
+
+    def observation(self, observation: Observation) -> Observation:
+        seen = super().observation(observation)
+        if self.without == "images":
+            return replace(seen, images={name: np.zeros_like(image) for name, image in seen.images.items()})
+        return replace(seen, instruction_id=(seen.instruction_id + 1) % len(seen.instructions))
+
+
+def evaluate_run(
+    run_dir: Path, episodes: int, seed: int = 0, deterministic: bool = True, without: Ablation | None = None
+) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run on `episodes` test episodes; `seed` 0 gives those of the run itself.
+    `without` withholds something that the policy was trained with."""
     config = load(run_dir / "config.json")
     newest = checkpoint.latest(run_dir / "checkpoints")
     if newest is None:
@@ -100,6 +120,17 @@ def evaluate_run(run_dir: Path, episodes: int, seed: int = 0, deterministic: boo
         connection = connect(
             simulator.observation_spec, simulator.action_spec, policy.observation_spec, policy.action_spec
         )
+        if without == "instruction" and len(simulator.tasks) < 2:
+            raise UserError(f"{run_dir} was trained on one task: there is no other instruction to swap its own with")
+        if without == "images" and not policy.observation_spec.cameras:
+            raise UserError(f"the policy of {run_dir} sees no images: there is nothing to withhold")
+        if without:
+            connection = Ablated(**vars(connection), without=without)
         worker = RolloutWorker(simulator, policy, connection, config.seed)
         result = EvaluationResult.of("test", run_episodes(worker, streams.episodes("test"), deterministic))
-    return result.to_dict() | {"checkpoint": str(newest), "seed": seed, "deterministic": deterministic}
+    return result.to_dict() | {
+        "checkpoint": str(newest),
+        "seed": seed,
+        "deterministic": deterministic,
+        "without": without,
+    }

@@ -12,9 +12,10 @@ from training_toys import ReachConfig, off_policy, on_policy
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.rollout import RolloutWorker
 from embodied_rl.specs import connect
-from embodied_rl.training.evaluation import EvaluationResult, evaluate_run, run_episodes, wilson
+from embodied_rl.training.evaluation import Ablated, Ablation, EvaluationResult, evaluate_run, run_episodes, wilson
 from embodied_rl.training.run import train
 from embodied_rl.training.streams import Streams
+from embodied_rl.types import Observation
 
 
 @given(st.integers(1, 500), st.data())
@@ -79,6 +80,32 @@ def test_a_run_is_evaluated_again_with_the_same_result(tmp_path: Path) -> None:
         name: final[name] for name in ("successes", "mean_return", "mean_length")
     }
     assert evaluate_run(tmp_path / "run", episodes=6, seed=1)["mean_return"] != again["mean_return"]
+
+
+def test_what_is_withheld_is_not_seen() -> None:
+    observation = Observation(
+        images={"wrist": np.full((2, 4, 4, 3), 7, np.uint8)},
+        image_mask={"wrist": np.ones(2, bool)},
+        state=np.ones((2, 3), np.float32),
+        instruction_id=np.array([0, 2]),
+        task=np.array([0, 2]),
+        instructions=("open", "close", "push"),
+    )
+    blind, deaf = (Ablated([], without=what).observation(observation) for what in ("images", "instruction"))
+    assert not blind.images["wrist"].any()
+    assert np.array_equal(blind.instruction_id, [0, 2])
+    assert np.array_equal(deaf.instruction_id, [1, 0])
+    assert deaf.images["wrist"].all()
+    assert blind.state is deaf.state is observation.state
+    assert observation.images["wrist"].all()
+    assert np.array_equal(observation.instruction_id, [0, 2])
+
+
+@pytest.mark.parametrize(("what", "message"), [("images", "no images"), ("instruction", "one task")])
+def test_what_a_policy_never_had_cannot_be_withheld(tmp_path: Path, what: Ablation, message: str) -> None:
+    train(off_policy(env_steps=100), tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        evaluate_run(tmp_path / "run", 1, without=what)
 
 
 def test_an_evaluation_without_episodes_is_refused() -> None:
