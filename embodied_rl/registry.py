@@ -167,5 +167,7 @@ recipes = Registry(
         "ppo": "embodied_rl.recipes.from_scratch:ppo",
         "quickstart": "embodied_rl.recipes.quickstart:quickstart",
         "quickstart_ppo": "embodied_rl.recipes.quickstart:quickstart_ppo",
+        "small_vla_grpo": "embodied_rl.recipes.small_vla:small_vla_grpo",
+        "small_vla_ppo": "embodied_rl.recipes.small_vla:small_vla_ppo",
     },
 )
