@@ -211,6 +211,18 @@ def test_answers_at_once_without_heavy_imports(arguments: list[str]) -> None:
     assert time.monotonic() - began < 10
 
 
+def test_list_shows_what_the_running_script_registers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text('class Mine:\n    """What mine does.\n\n    And more."""\n')
+    script = types.ModuleType("__main__")  # has no __spec__, as a script that was started by its path
+    script.__file__ = str(tmp_path / "mine.py")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setattr(registry.policies, "_targets", {"mine": "__main__:Mine", "absent": "__main__:Absent"})
+    assert main(["list", "policies"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["policies:", "  absent", "  mine    What mine does."]
+
+
 def test_list_names_and_describes_without_importing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
