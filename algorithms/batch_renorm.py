@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM, EPS, R_MAX, D_MAX, WARMUP = 0.99, 1e-3, 3.0, 5.0, 100_000
-"""CrossQ's constants (arXiv 1902.05605), as in its reference implementation."""
+"""CrossQ's constants (arXiv 1902.05605), as sbx has them."""
 
 
 class EnsembleBatchRenorm(nn.Module):
