@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import UserError
+from embodied_rl.policies.gr00t.action_head import EmbodimentLinear
 from embodied_rl.policies.gr00t.network import Network
 from embodied_rl.policies.gr00t.sizes import NetworkConfig
 from embodied_rl.policies.normalization import read_statistics
@@ -138,6 +139,31 @@ class Checkpoint:
 
     def __deepcopy__(self, memo: dict) -> Checkpoint:
         return self  # immutable, and its output layer is large
+
+
+def keep_embodiment(network: Network, index: int) -> None:
+    """Cut the tables of the embodiments' weights to those of one, which is number 0 from now on. What is not used is
+    not trained, not decayed and has no optimizer state."""
+    for layer in network.modules():
+        if isinstance(layer, EmbodimentLinear):
+            layer.W = nn.Parameter(layer.W.detach()[index : index + 1].clone())
+            layer.b = nn.Parameter(layer.b.detach()[index : index + 1].clone())
+
+
+def whole_tables(network: Network, index: int, original: Checkpoint | None) -> dict[str, Tensor]:
+    """The tables that `keep_embodiment` has cut: the others' weights as `original` has them, or the same for all."""
+    stored = read_weights(original.folder) if original else {}
+    tables: dict[str, Tensor] = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, EmbodimentLinear):
+            for part, own in layer.named_parameters():
+                own, key = own.detach().cpu(), f"{name}.{part}"
+                count = network.config.head.embodiments
+                tables[key] = (
+                    stored[key].to(own.dtype, copy=True) if stored else own.repeat(count, *[1] * (own.dim() - 1))
+                )
+                tables[key][index] = own[0]
+    return tables
 
 
 def save(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from embodied_rl.errors import SpecError
 from embodied_rl.policies.base import Inputs
 from embodied_rl.policies.flow_vla import FlowVLAPolicy, padded
-from embodied_rl.policies.gr00t.checkpoint import Checkpoint, describe, save
+from embodied_rl.policies.gr00t.checkpoint import Checkpoint, describe, keep_embodiment, save, whole_tables
 from embodied_rl.policies.gr00t.config import EMBODIMENTS, Gr00tConfig
 from embodied_rl.policies.gr00t.network import Network, Prefix
 from embodied_rl.policies.gr00t.preprocessing import MinMax, Tokenizer, choose_cameras, load_tokenizer, prompt, see
@@ -28,11 +28,10 @@ NOISE_CUT = 0.999
 
 
 class Gr00tPolicy(FlowVLAPolicy[Gr00tConfig]):
-    """GR00T N1.5 with one embodiment's weights."""
+    """GR00T N1.5 with the weights of one embodiment; those of the others stay in the folder that it came from."""
 
     network: Network
     checkpoint: Checkpoint | None
-    unadapted = (".head.",)  # SigLIP's, which nobody reads
 
     def __init__(
         self,
@@ -60,6 +59,7 @@ class Gr00tPolicy(FlowVLAPolicy[Gr00tConfig]):
             self.network = Network(config.network)
         else:
             self.network = self.checkpoint.network(config.network, config.horizon)
+        keep_embodiment(self.network, self.embodiment)
         self._complete()
 
     @classmethod
@@ -100,7 +100,7 @@ class Gr00tPolicy(FlowVLAPolicy[Gr00tConfig]):
     # -- the network ---------------------------------------------------------------------------------------------
 
     def encode(self, inputs: Inputs) -> Prefix:
-        return self.network.encode(self._backbone(inputs), inputs["state"], self.embodiment)
+        return self.network.encode(self._backbone(inputs), inputs["state"], embodiment=0)
 
     def velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(v [B,H,D], the DiT's output at the action tokens [B,H,W])."""
@@ -166,7 +166,7 @@ class Gr00tPolicy(FlowVLAPolicy[Gr00tConfig]):
         save(
             Path(folder),
             self.checkpoint,
-            merged_weights(self.network),
+            merged_weights(self.network) | whole_tables(self.network, self.embodiment, self.checkpoint),
             describe(self.config.network, self.horizon),
             {self.config.embodiment: {"statistics": statistics, "embodiment_tag": self.config.embodiment}},
             self.heads,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gr00t_toys import ACTION, LENGTH, SEEN, build, configure, noise, observe
+from image_toys import roll_out, simulate
 
 from embodied_rl.algorithms.imitation import ImitationConfig
 from embodied_rl.algorithms.ppo import PPOConfig
@@ -102,12 +103,17 @@ def test_a_frozen_backbone_keeps_no_graph_and_the_head_learns_the_same():
     assert theirs[vision].abs().sum() > 0
 
 
-def test_only_the_chosen_embodiment_learns():
-    policy = build(embodiment="gr1")
-    assert policy.embodiment == 24
-    got = gradients(policy, losses(policy, observe(policy))["imitation"])
-    rows = got["network.action_head.action_decoder.layer2.W"].abs().sum((1, 2))
-    assert rows.nonzero().flatten().tolist() == [24]
+def test_two_ppo_updates_change_exactly_what_is_trained():
+    with simulate() as simulator:
+        policy = configure(frozen=("language",)).build(simulator.observation_spec, simulator.action_spec)
+        ppo = PPOConfig(epochs=1, minibatches=1, critic_warmup=0).build(policy, 0)
+        worker, generator = roll_out(simulator, policy), torch.Generator().manual_seed(0)
+        before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+        for version in range(2):
+            ppo.learn(worker.collect(4, version), generator)
+    changed = {name for name, parameter in policy.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert {policy.group(name) for name in changed} == {"vision", "heads", "value"}
 
 
 def test_the_value_sees_the_observation_and_trains_what_it_is_told_to():

@@ -9,6 +9,7 @@ import torch
 from gr00t_toys import ACTION, SEEN, SETTINGS, build, noise, observe
 from safetensors.torch import load_file, save_file
 
+from embodied_rl.algorithms.imitation import ImitationConfig
 from embodied_rl.errors import UserError
 from embodied_rl.policies.check import synthesise
 from embodied_rl.policies.gr00t.checkpoint import METADATA, OUTPUT_LAYER, TOKEN_TABLE, describe
@@ -49,6 +50,27 @@ def test_a_folder_is_written_and_read(tmp_path):
     assert one.keys() == two.keys()
     assert all(one[name].read_bytes() == two[name].read_bytes() for name in one if one[name].is_file())
     fails("is inside the checkpoint", lambda: loaded.save_pretrained(tmp_path / "one" / "mine"))
+
+
+def test_only_the_chosen_embodiment_learns_whatever_the_decay(tmp_path):
+    build().save_pretrained(tmp_path / "one")
+    file = tmp_path / "one" / "model.safetensors"
+    weights = load_file(file)
+    tables = {key for key in weights if key.endswith((".W", ".b"))}
+    assert len(tables) == 14
+    save_file({key: torch.randn_like(value) if key in tables else value for key, value in weights.items()}, file)
+    policy, before = reload(tmp_path / "one"), load_file(file)
+    assert policy.embodiment == 31
+    cloning = ImitationConfig(learning_rate=1e-2, weight_decay=0.1).build(policy, 0)
+    batch = {"inputs": observe(policy), "actions": torch.zeros(6, 4, 3), "valid": torch.ones(6, 4, dtype=torch.bool)}
+    for _ in range(2):
+        cloning.update(batch, torch.Generator().manual_seed(0))
+    policy.save_pretrained(tmp_path / "two")
+    after = load_file(tmp_path / "two" / "model.safetensors")
+    for key in tables:
+        assert torch.equal(after[key][:31], before[key][:31])
+        assert not torch.equal(after[key][31], before[key][31])
+    same_acts(policy, reload(tmp_path / "two"))
 
 
 def test_types_and_the_unused_output_layer_are_kept(tmp_path):
