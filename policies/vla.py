@@ -51,8 +51,6 @@ class VLAPolicy[Config: VLAConfig](Policy):
     parts are built."""
 
     config: Config
-    unadapted: ClassVar[tuple[str, ...]] = ()
-    """Linear layers whose names hold one of these get no adapter."""
 
     @abstractmethod
     def group(self, name: str) -> str:
@@ -76,9 +74,7 @@ class VLAPolicy[Config: VLAConfig](Policy):
 
             for group, module in self.adaptable():
                 if group not in config.frozen:
-                    layers = linear_layers(module)
-                    layers = [name for name in layers if not any(part in name for part in self.unadapted)]
-                    add_lora(module, layers, config.lora_rank, config.lora_alpha)
+                    add_lora(module, linear_layers(module), config.lora_rank, config.lora_alpha)
         groups = self.parameter_groups()
         for group in config.frozen:
             for parameter in groups[group]:

@@ -164,17 +164,21 @@ class OpenVLAPolicy(VLAPolicy[OpenVLAConfig]):
 
     # -- what is trained -----------------------------------------------------------------------------------------
 
-    unadapted = ("lm_head",)
-
     def group(self, name: str) -> str:
         """ "vision", "projector" (the state's included), "language", "heads" (regression), "value"."""
         owner, part = name.split(".")[:2]
         return "value" if owner == "value_head" else GROUP_OF[part]
 
     def adaptable(self) -> Iterator[tuple[str, nn.Module]]:
-        for part in ("language_model", "projector", "vision_backbone"):
-            if not (part == "vision_backbone" and self.architecture.vision_lora_rank):  # it comes with adapters
-                yield GROUP_OF[part], getattr(self.network, part)
+        yield "language", self.network.language_model
+        yield "projector", self.network.projector
+        if not self.architecture.vision_lora_rank:  # else it comes with adapters
+            yield "vision", self.network.vision_backbone
+
+    def _choose_trained(self) -> None:
+        if self.config.lora_rank or self.architecture.regression:
+            self.network.language_model.lm_head.requires_grad_(False)  # gets no adapter; an L1 head does not read it
+        super()._choose_trained()
 
     # -- weights -------------------------------------------------------------------------------------------------
 
