@@ -192,24 +192,12 @@ def test_whatever_the_network_says_is_converted_and_what_it_calls_open_opens(
 
 
 def bits(policy: Any) -> dict[str, bytes]:
-    """Parameters and buffers by name; GR00T's that hold weights of every embodiment in parts."""
-    found = {}
-    for name, value in policy.state_dict().items():
-        if per_embodiment(name):
-            found |= {f"{name}[{which}]": part.numpy().tobytes() for which, part in enumerate(value)}
-        else:
-            found[name] = value.numpy().tobytes()
-    return found
+    """Parameters and buffers by name."""
+    return {name: value.numpy().tobytes() for name, value in policy.state_dict().items()}
 
 
 def trainable(policy: Any) -> set[str]:
-    """Names of `bits`."""
-    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
-    return {f"{name}[{policy.embodiment}]" if per_embodiment(name) else name for name in names}
-
-
-def per_embodiment(name: str) -> bool:
-    return name.startswith(("network.action_head.state_encoder.", "network.action_head.action_"))
+    return {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
 def update_twice(pair: Pair, config: Any) -> tuple[list[str], list[str]]:
