@@ -262,36 +262,28 @@ TINY_VLA = replace(pi0_toys.tiny(False), vocabulary=1024)
 CNN = SquashedGaussianCNNConfig(chunk=2, hidden=(16,), channels=(4, 4), image_features=8)
 
 
-def lerobot_act(folder):
-    from lerobot_toys import write_act  # LeRobot is slow to import
-
-    write_act(folder, {"front": (32, 32)}, state=5, action=2)
-    return policies.load("lerobot_act")(str(folder)).build(SEEN, ACTION)
-
-
 EVERY = {
-    "flow_mlp": lambda _: build(FlowMLP),
-    "gaussian_mlp": lambda _: build(GaussianMLP),
-    "gr00t": lambda _: gr00t_toys.build(),
-    "lerobot_act": lerobot_act,
-    "openvla": lambda _: openvla_toys.autoregressive(),
-    "openvla_oft": lambda _: openvla_toys.parallel(sizes={"proprio_dim": 4}, cameras=("primary", "wrist")),
-    "pi0": lambda _: pi0_toys.build(),
-    "pi05": lambda _: pi0_toys.build(adaptive=True),
-    "squashed_gaussian_cnn": lambda _: CNN.build(SEEN, ACTION),
-    "squashed_gaussian_mlp": lambda _: SquashedGaussianMLPConfig(chunk=2, hidden=(16,)).build(OBSERVATION, ACTION),
-    "tiny_vla": lambda _: TinyVLAConfig(network=TINY_VLA).build(SEEN, ACTION),
+    "flow_mlp": lambda: build(FlowMLP),
+    "gaussian_mlp": lambda: build(GaussianMLP),
+    "gr00t": lambda: gr00t_toys.build(),
+    "openvla": lambda: openvla_toys.autoregressive(),
+    "openvla_oft": lambda: openvla_toys.parallel(sizes={"proprio_dim": 4}, cameras=("primary", "wrist")),
+    "pi0": lambda: pi0_toys.build(),
+    "pi05": lambda: pi0_toys.build(adaptive=True),
+    "squashed_gaussian_cnn": lambda: CNN.build(SEEN, ACTION),
+    "squashed_gaussian_mlp": lambda: SquashedGaussianMLPConfig(chunk=2, hidden=(16,)).build(OBSERVATION, ACTION),
+    "tiny_vla": lambda: TinyVLAConfig(network=TINY_VLA).build(SEEN, ACTION),
 }
-every = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "lerobot_act" else ()) for name in EVERY]
-)
+LEROBOT = {"lerobot", "lerobot_act", "smolvla"}
+"""Policies of folders that LeRobot writes, which is slow to import: checked in test_lerobot.py and test_smolvla.py."""
+every = pytest.mark.parametrize("name", EVERY)
 
 
 @pytest.fixture
-def policy(name, tmp_path):
+def policy(name):
     """With every parameter away from its first value: gates of zero would let no gradient through."""
     torch.manual_seed(0)
-    policy = EVERY[name](tmp_path)
+    policy = EVERY[name]()
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -299,7 +291,8 @@ def policy(name, tmp_path):
 
 
 def test_none_is_forgotten():
-    assert EVERY.keys() == {name for name in policies.names() if policies.target(name).startswith("embodied_rl.")}
+    ours = {name for name in policies.names() if policies.target(name).startswith("embodied_rl.")}
+    assert EVERY.keys() == ours - LEROBOT
 
 
 @every
