@@ -34,6 +34,8 @@ class PPOConfig(PolicyGradientConfig):
     """"decision" discounts every chunk by gamma, "step" by gamma^executed steps (and within the chunk)."""
     gae_lambda: float = 0.95
     """Per decision."""
+    reward_scale: float = 1.0
+    """Multiplies every reward: a critic learns best when returns are about 1."""
     value_clip: float | None = None
     huber_delta: float | None = None
     """None = squared error."""
@@ -85,7 +87,7 @@ class PPO(PolicyGradient, OnPolicyAlgorithm):
         [R]."""
         config, valid = self.config, trajectory.valid
         decided = valid.any(-1)
-        reward, discount = chunk_return(trajectory.reward, valid, config.gamma, config.gamma_per)
+        reward, discount = chunk_return(config.reward_scale * trajectory.reward, valid, config.gamma, config.gamma_per)
         advantages, returns = gae(
             reward,
             trajectory.value,
