@@ -91,7 +91,7 @@ def policy_state(simulator: Recorder, state: np.ndarray) -> np.ndarray:
     found = []
     for row in state.astype(np.float64):
         *axis, cosine = row[hand + 3 : hand + 7]  # Isaac Lab 3 has xyzw
-        vector = 2 * np.arccos(cosine) * np.array(axis) / np.linalg.norm(axis)
+        vector = 2 * np.arccos(cosine) * np.array(axis) / np.sqrt(1 - cosine**2)  # as robosuite divides
         found.append([*row[hand : hand + 3], *vector, *row[fingers : fingers + 2]])
     return np.array(found, np.float32)
 

@@ -24,7 +24,18 @@ from matrix_expected import (
     pi0_prompts,
     pi05_prompts,
 )
-from matrix_families import CHUNK, FAMILIES, PIXELS, Dataset, build, policy_state, publish, sees_state, unit_gripper
+from matrix_families import (
+    CHUNK,
+    FAMILIES,
+    PAD,
+    PIXELS,
+    Dataset,
+    build,
+    policy_state,
+    publish,
+    sees_state,
+    unit_gripper,
+)
 from matrix_simulators import GROUP, ROWS, STEPS, Recorder
 
 from embodied_rl.algorithms.grpo import GRPOConfig
@@ -149,9 +160,10 @@ def check_inputs(pair: Pair, seen: Observation, inputs: dict[str, torch.Tensor])
     }
     prompt = inputs["prompt" if pair.family.startswith("openvla") else "tokens"]
     assert prompt.tolist() == prompts[pair.family]()
-    used = pair.network["prompt"][0]  # padding that nothing sees may be left out
-    np.testing.assert_array_equal(used, prompt[:, : used.shape[1]])
-    assert not prompt[:, used.shape[1] :].any()
+    used = pair.network["prompt"][0]  # padding that nothing sees may be left out: OpenVLA's is in front
+    padding, first = (PAD, prompt.shape[1] - used.shape[1]) if "prompt" in inputs else (0, 0)
+    np.testing.assert_array_equal(used, prompt[:, first : first + used.shape[1]])
+    assert (prompt == padding).sum() - torch.from_numpy(used == padding).sum() == prompt.numel() - used.size
     if pair.family not in ("openvla", "pi05"):
         given = pair.network["state"][0].reshape(ROWS, -1)
         np.testing.assert_allclose(given[:, : state.shape[1]], normalised, rtol=0, atol=1e-6)
