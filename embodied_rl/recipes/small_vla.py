@@ -35,11 +35,10 @@ def small_vla_ppo() -> RunConfig:
             learning_rate=3e-5, adapt_to_kl=0.05, gamma=0.9, reward_scale=0.01, epochs=3, minibatches=8
         ),
         training=TrainingConfig(
-            env_steps=600_000,
+            env_steps=150_000,
             decisions_per_iteration=27,
-            evaluate_every=20,
-            checkpoint_every=40,
-            stop_at_success=0.96,
+            evaluate_every=10,
+            checkpoint_every=20,
         ),
         evaluation=EvaluationConfig(episodes=100),
     )
