@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from embodied_rl.errors import UserError
 from embodied_rl.policies.base import Inputs
 from embodied_rl.policies.flow_vla import FlowVLAPolicy, padded
+from embodied_rl.policies.images import require_images
 from embodied_rl.policies.normalization import Normaliser
 from embodied_rl.policies.pi0.checkpoint import Checkpoint
 from embodied_rl.policies.pi0.config import CAMERAS, Pi0Config, Pi05Config
@@ -87,7 +88,8 @@ class Pi0Policy(FlowVLAPolicy[Pi0Config]):
     def prepare(self, observation: Observation) -> Inputs:
         """image.CAMERA uint8 [B,S,S,3] and image_mask.CAMERA bool [B] for every camera that the simulator has; tokens
         int64 and token_mask bool [B,T]; π₀'s normalised and padded state float32 [B,D]. Raises `UserError` for an
-        instruction that is too long."""
+        instruction that is too long and for images of another type."""
+        require_images(observation, self.views.values())
         inputs: dict[str, Tensor] = {}
         for name, camera in self.views.items():
             images = [resize_with_pad(image, self.config.network.vision.image) for image in observation.images[camera]]
