@@ -274,6 +274,16 @@ def test_reward_and_discount_follow_gamma_per():
     np.testing.assert_allclose(by_decision["returns"], 2.0, rtol=1e-6)
 
 
+def test_rewards_are_scaled():
+    policy = ToyGaussian()
+    plain, tenth = (
+        PPOConfig(reward_scale=scale).build(policy, 0).prepare(segment(policy, reward=lambda a: factor * a[..., 0]))
+        for scale, factor in ((1.0, 1.0), (0.1, 10.0))
+    )
+    assert plain["returns"].std() > 0
+    torch.testing.assert_close(tenth["returns"], plain["returns"])
+
+
 @pytest.mark.parametrize("proximal", ["recomputed", "interpolated"])
 def test_without_lag_the_decoupled_loss_is_the_plain_one(proximal):
     plain, expected = learned(lambda p, i: segment(p), PPOConfig(critic_warmup=0))
