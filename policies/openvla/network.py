@@ -73,6 +73,9 @@ class OpenVLANetwork(nn.Module):
         stop_token: the sequence will end in one, which FiLM's mean over the text counts.
         """
         valid = prompt != self.pad_token
+        if not valid.is_meta:  # nothing sees the padding that all rows have in front
+            longest = max(int(valid.sum(1).max()), 1)
+            prompt, valid = prompt[:, -longest:], valid[:, -longest:]
         text = self.embed(prompt)
         bos = self.embed(torch.full_like(prompt[:, :1], BOS))
         instruction = None
