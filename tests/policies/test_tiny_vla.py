@@ -63,9 +63,9 @@ def test_learns_to_find_what_it_is_told_to_find():
     policy = build(prompt_length=8, network=replace(TINY, vision=sight))
     observation, target, _ = two_targets(4096, seed=0)
     inputs, actions = policy.prepare(observation), target[:, None].expand(-1, 2, -1)
-    cloning = ImitationConfig(learning_rate=5e-4, batch_size=32, steps=250).build(policy, 0)
+    cloning = ImitationConfig(learning_rate=5e-4, batch_size=32, steps=300).build(policy, 0)
     generator = torch.Generator().manual_seed(0)
-    for rows in torch.randint(len(target), (250, 32), generator=generator):
+    for rows in torch.randint(len(target), (300, 32), generator=generator):
         batch = {"inputs": {name: value[rows] for name, value in inputs.items()}, "actions": actions[rows]}
         cloning.update(batch | {"valid": torch.ones(32, 2, dtype=torch.bool)}, generator)
 
