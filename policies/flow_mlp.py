@@ -99,8 +99,8 @@ class FlowMLP(FlowPolicy):
         """The normalised state [B,S]."""
         return self.normaliser(inputs["state"])
 
-    def to_simulator(self, x: Tensor) -> Tensor:
+    def to_simulator(self, x: Tensor, inputs: Inputs) -> Tensor:
         return self.action_scale.to_simulator(x)
 
-    def to_network(self, actions: Tensor) -> Tensor:
+    def to_network(self, actions: Tensor, inputs: Inputs) -> Tensor:
         return self.action_scale.to_network(actions)

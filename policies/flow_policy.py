@@ -79,12 +79,12 @@ class FlowPolicy(Policy):
         """(v [B,H,D], hidden) at x [B,H,D] and times t [B]; see `flow.py` for the convention."""
 
     @abstractmethod
-    def to_simulator(self, x: Tensor) -> Tensor:
-        """Network actions [B,*,D] -> simulator actions [B,*,A] within the bounds."""
+    def to_simulator(self, x: Tensor, inputs: Inputs) -> Tensor:
+        """Network actions [B,*,D] at `inputs` -> simulator actions [B,*,A] within the bounds."""
 
     @abstractmethod
-    def to_network(self, actions: Tensor) -> Tensor:
-        """Simulator actions [B,*,A] -> network actions [B,*,D]."""
+    def to_network(self, actions: Tensor, inputs: Inputs) -> Tensor:
+        """Simulator actions [B,*,A] at `inputs` -> network actions [B,*,D]."""
 
     def standard_deviation(self, hidden: Any) -> Tensor:
         """[B,H,D], the learned deviation of the sampler's method "noise"."""
@@ -104,12 +104,14 @@ class FlowPolicy(Policy):
         zeros = torch.zeros((rows, self.horizon, self.width), device=self.device, dtype=self.dtype)
         if deterministic:
             start = zeros if noise is None else torch.from_numpy(noise.normal(self.horizon, self.width)).to(zeros)
-            return ActionSample(self._executed(self.sampler.ode(self.velocity, prefix, start)), {}, None, value)
+            x = self.sampler.ode(self.velocity, prefix, start)
+            return ActionSample(self._executed(x, inputs), {}, None, value)
         drawn = self.sampler.draw(zeros, noise)
         if self.sampler.config.method == "ode":
-            return ActionSample(self._executed(self.sampler.ode(self.velocity, prefix, drawn.initial)), {}, None, value)
+            x = self.sampler.ode(self.velocity, prefix, drawn.initial)
+            return ActionSample(self._executed(x, inputs), {}, None, value)
         x, trace, log_prob = self.sampler.sample(self.velocity, prefix, drawn, self.standard_deviation)
-        return ActionSample(self._executed(x), trace, log_prob, value)
+        return ActionSample(self._executed(x, inputs), trace, log_prob, value)
 
     def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
         prefix = self.encode(inputs)
@@ -131,7 +133,7 @@ class FlowPolicy(Policy):
         the valid steps. Invalid actions are replaced by 0, so nothing leaks from them. `noise` [B,H,D] standard normal
         and `time` [B], 1 = noise, are drawn when None, from `generator` or torch's global one."""
         keep = valid[..., None]
-        target = self.to_network(torch.where(keep, actions, 0.0))
+        target = self.to_network(torch.where(keep, actions, 0.0), inputs)
         action = torch.where(keep, target, 0.0)
         if noise is None:
             noise = torch.randn(action.shape, generator=generator, device=action.device, dtype=action.dtype)
@@ -158,12 +160,12 @@ class FlowPolicy(Policy):
         if noise is None:
             rows = len(next(iter(inputs.values())))
             noise = torch.randn((rows, self.horizon, self.width), device=self.device, dtype=self.dtype)
-        return self.to_simulator(self.sampler.ode(self.velocity, self.encode(inputs), noise))
+        return self.to_simulator(self.sampler.ode(self.velocity, self.encode(inputs), noise), inputs)
 
     @torch.no_grad()
     def follow(self, inputs: Inputs, noise: Tensor) -> Tensor:
         """Executed actions [B,K,A] of the ODE from `noise` [B,H,D]."""
-        return self._executed(self.sampler.ode(self.velocity, self.encode(inputs), noise))
+        return self._executed(self.sampler.ode(self.velocity, self.encode(inputs), noise), inputs)
 
     def steered(self, features: int, hidden: Sequence[int], shared: bool, bound: float, seed: int) -> SteeredFlow:
         """This policy with an actor for its initial noise; see `SteeredFlow`."""
@@ -171,8 +173,8 @@ class FlowPolicy(Policy):
 
         return SteeredFlow(self, features, hidden, shared, bound, seed)
 
-    def _executed(self, x: Tensor) -> Tensor:
-        return self.to_simulator(x[:, : self.chunk])
+    def _executed(self, x: Tensor, inputs: Inputs) -> Tensor:
+        return self.to_simulator(x[:, : self.chunk], inputs)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import SpecError, UserError
-from embodied_rl.policies.base import require_continuous
+from embodied_rl.policies.base import Inputs, require_continuous
 from embodied_rl.policies.flow import FlowSampler, bounded_std
 from embodied_rl.policies.flow_policy import FlowConfig, FlowPolicy
 from embodied_rl.policies.mlp import Activation, mlp
@@ -127,14 +127,19 @@ class FlowVLAPolicy[Config: FlowVLAConfig](FlowPolicy, VLAPolicy[Config]):
 
     # -- actions -------------------------------------------------------------------------------------------------
 
-    def to_simulator(self, x: Tensor) -> Tensor:
+    def to_simulator(self, x: Tensor, inputs: Inputs) -> Tensor:
         """Within the bounds; no gradient beyond them."""
-        actions = self.action_normaliser.unnormalise(x[..., : self.action_spec.dim]).float()
+        actions = self.action_normaliser.unnormalise(x[..., : self.action_spec.dim])
+        actions = (actions + self.origin(inputs)).float()
         low, high = (torch.tensor(bound, device=x.device) for bound in (self.action_spec.low, self.action_spec.high))
         return torch.clamp(actions, low, high)
 
-    def to_network(self, actions: Tensor) -> Tensor:
-        return padded(self.action_normaliser.normalise(actions), self.width)
+    def to_network(self, actions: Tensor, inputs: Inputs) -> Tensor:
+        return padded(self.action_normaliser.normalise(actions.double() - self.origin(inputs)), self.width)
+
+    def origin(self, inputs: Inputs) -> Tensor | float:
+        """What the network's actions are relative to, [B,1,A] in the simulator's units; 0 when to nothing."""
+        return 0.0
 
     def standard_deviation(self, hidden: Tensor) -> Tensor:
         if self.noise_head is None:

@@ -130,13 +130,13 @@ class SmolVLAPolicy(Wrapper, FlowPolicy):
     def velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, None]:
         return self._flow.denoise_step(prefix.mask, prefix.past, x, t), None
 
-    def to_simulator(self, x: Tensor) -> Tensor:
+    def to_simulator(self, x: Tensor, inputs: Inputs) -> Tensor:
         """Within the bounds; no gradient beyond them."""
         actions = self.action_normaliser.unnormalise(x[..., : self.action_spec.dim]).float()
         low, high = (torch.tensor(bound, device=x.device) for bound in (self.action_spec.low, self.action_spec.high))
         return torch.clamp(actions, low, high)
 
-    def to_network(self, actions: Tensor) -> Tensor:
+    def to_network(self, actions: Tensor, inputs: Inputs) -> Tensor:
         normalised = self.action_normaliser.normalise(actions).float()
         return nn.functional.pad(normalised, (0, self.width - self.action_spec.dim))
 
@@ -164,7 +164,7 @@ class SmolVLAPolicy(Wrapper, FlowPolicy):
         """LeRobot's: flow matching at times drawn from Beta(1.5, 1), which favours noise, over the A real
         dimensions."""
         keep = valid[..., None]
-        action = torch.where(keep, self.to_network(torch.where(keep, actions, 0.0)), 0.0)
+        action = torch.where(keep, self.to_network(torch.where(keep, actions, 0.0), inputs), 0.0)
         if noise is None:
             noise = torch.randn(action.shape, generator=generator, device=action.device)
         if time is None:

@@ -173,7 +173,8 @@ def libero_spatial_dsrl_pi0() -> RunConfig:
 
 
 def _pi0(chunk: int) -> Pi0Config:
-    return Pi0Config(chunk=chunk, denoise_steps=4, dtype="float32")
+    # the checkpoints to start from predict the hand's six numbers relative to the state
+    return Pi0Config(chunk=chunk, denoise_steps=4, relative_to_state=6, dtype="float32")
 
 
 def _pi05(chunk: int, **more: Any) -> Pi05Config:

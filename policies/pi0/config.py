@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from embodied_rl.errors import unknown
+from embodied_rl.errors import UserError, unknown
 from embodied_rl.policies.flow_vla import FlowVLAConfig
 from embodied_rl.policies.pi0.gemma import GemmaConfig
 from embodied_rl.policies.pi0.network import NetworkConfig
@@ -53,6 +53,10 @@ class Pi0Config(FlowVLAConfig):
     cameras: dict[str, str] = field(default_factory=dict)
     """{network's camera: simulator's camera} where the names do not tell; the network's are base_0_rgb,
     left_wrist_0_rgb and right_wrist_0_rgb."""
+    relative_to_state: int = 0
+    """The network's first n actions are relative to the first n numbers of the state that the chunk was predicted at,
+    both in the simulator's units. 6 for checkpoints trained with openpi's extra_delta_transform=True, such as its
+    pi0_libero; a checkpoint does not tell."""
     horizon: int = 50
     chunk: int = 10
 
@@ -60,6 +64,8 @@ class Pi0Config(FlowVLAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.relative_to_state < 0:
+            raise UserError(f"{self.name}: needs relative_to_state >= 0, got {self.relative_to_state}")
         for camera in self.cameras:
             if camera not in CAMERAS:
                 raise unknown("camera", camera, CAMERAS)

@@ -92,6 +92,8 @@ def _write_openpi(policy: Pi0Policy, folder: Path) -> None:
 
 
 def _write_lerobot(policy: Pi0Policy, folder: Path) -> None:
+    if policy.config.relative_to_state:
+        raise UserError("LeRobot's π₀ takes no actions relative to the state: save it in the layout 'openpi'")
     size, sizes, name = policy.config.network.vision.image, policy.config.network, policy.config.name
     inputs: dict[str, Any] = {
         f"observation.images.{camera}": {"type": "VISUAL", "shape": [3, size, size]} for camera in policy.views

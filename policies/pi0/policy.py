@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embodied_rl.errors import UserError
+from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies.base import Inputs
 from embodied_rl.policies.flow_vla import FlowVLAPolicy, padded
 from embodied_rl.policies.images import require_images
@@ -59,6 +59,9 @@ class Pi0Policy(FlowVLAPolicy[Pi0Config]):
             described=sizes.language.width + (0 if sizes.adaptive else sizes.action_dim),
             hidden=sizes.expert.width,
         )
+        shared, relative = min(self.observation_spec.state, action_spec.dim), config.relative_to_state
+        if relative > shared:
+            raise SpecError(f"{config.name}: relative_to_state is {relative}, state and actions share {shared} numbers")
         self.views = views
         self.checkpoint = Checkpoint.open(config.checkpoint) if config.checkpoint else None
         if self.checkpoint is None:
@@ -87,15 +90,19 @@ class Pi0Policy(FlowVLAPolicy[Pi0Config]):
 
     def prepare(self, observation: Observation) -> Inputs:
         """image.CAMERA uint8 [B,S,S,3] and image_mask.CAMERA bool [B] for every camera that the simulator has; tokens
-        int64 and token_mask bool [B,T]; π₀'s normalised and padded state float32 [B,D]. Raises `UserError` for an
-        instruction that is too long and for images of another type."""
+        int64 and token_mask bool [B,T]; π₀'s normalised and padded state float32 [B,D]; with `relative_to_state`,
+        origin float32 [B,A], which holds the state as it is. Raises `UserError` for an instruction that is too long
+        and for images of another type."""
         require_images(observation, self.views.values())
         inputs: dict[str, Tensor] = {}
         for name, camera in self.views.items():
             images = [resize_with_pad(image, self.config.network.vision.image) for image in observation.images[camera]]
             inputs[f"image.{name}"] = torch.from_numpy(np.stack(images))
             inputs[f"image_mask.{name}"] = torch.tensor(observation.image_mask[camera])
-        state = self.state_normaliser.normalise(torch.tensor(observation.state, device=self.device))
+        raw = torch.tensor(observation.state, device=self.device)
+        if relative := self.config.relative_to_state:
+            inputs["origin"] = padded(raw[:, :relative], self.action_spec.dim)
+        state = self.state_normaliser.normalise(raw)
         texts = observation.texts()
         prompts = [self._prompt(text) for text in texts]
         if not self.config.network.adaptive:
@@ -108,6 +115,9 @@ class Pi0Policy(FlowVLAPolicy[Pi0Config]):
             raise UserError(f"the tokenizer gives id {tokens.max()}, the network knows {known}: give its own")
         inputs |= {"tokens": torch.from_numpy(tokens), "token_mask": torch.from_numpy(mask)}
         return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def origin(self, inputs: Inputs) -> Tensor | float:
+        return inputs["origin"][:, None] if self.config.relative_to_state else 0.0
 
     # -- the network ---------------------------------------------------------------------------------------------
 

@@ -162,12 +162,18 @@ def decoded(tokens: np.ndarray) -> np.ndarray:
     return centres[np.clip(VOCABULARY - tokens - 1, 0, 254)]
 
 
-def executed(family: str, output: np.ndarray, data: Dataset, opens: int | None) -> np.ndarray:
+def executed(
+    family: str, output: np.ndarray, data: Dataset, opens: int | None, origin: np.ndarray | None = None
+) -> np.ndarray:
     """The simulator's actions [...,7] for the network's [...,7 and more], numbers; `opens` is the sign that opens the
-    simulator's gripper, None when the data's is the same."""
+    simulator's gripper, None when the data's is the same; π₀'s first actions of row i are relative to `origin[i]`."""
     has, output = data.action, output[..., :7].astype(np.float64)
     if family == "pi0":
-        return np.clip(output * (has["std"] + 1e-6) + has["mean"], -1, 1)
+        actions = output * (has["std"] + 1e-6) + has["mean"]
+        for row, start in enumerate([] if origin is None else origin):
+            for step in actions[row]:
+                step[: len(start)] += start
+        return np.clip(actions, -1, 1)
     if family == "pi05":
         return np.clip((output + 1) / 2 * (has["q99"] - has["q01"] + 1e-6) + has["q01"], -1, 1)
     if family == "gr00t":

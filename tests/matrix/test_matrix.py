@@ -81,9 +81,9 @@ class Pair:
             layer.register_forward_pre_hook(self._note(name), with_kwargs=True)
         convert = self.policy.to_simulator
 
-        def noted(output: torch.Tensor) -> torch.Tensor:
+        def noted(output: torch.Tensor, *inputs: Any) -> torch.Tensor:
             self.network["output"].append(output.numpy())
-            return convert(output)
+            return convert(output, *inputs)
 
         self.policy.to_simulator = noted
 
@@ -123,6 +123,24 @@ def test_network_and_simulator_are_given_the_published_conversions(
         np.testing.assert_allclose(simulator.told[-1], expected, rtol=0, atol=1e-6)
     first, second = simulator.seen[-3], simulator.seen[-2]
     assert not np.array_equal(first.state, second.state) and len(np.unique(first.state, axis=0)) == ROWS // GROUP
+
+
+def test_relative_actions_of_pi0_start_at_the_state_the_simulator_showed(simulator: Recorder, tmp_path: Path) -> None:
+    pair = Pair(simulator, "pi0", tmp_path, relative_to_state=6)
+    pair.listen()
+    pair.worker.restart(TicketCounter(0))
+    for _ in range(2):
+        pair.network.clear()
+        seen = simulator.seen[-1]
+        pair.worker.begin()
+        inputs = pair.worker.finish().inputs
+        check_inputs(pair, seen, inputs)
+        state = policy_state(simulator, seen.state)
+        expected = executed("pi0", pair.network["output"][0], pair.data, pair.opens, state[:, :6])
+        np.testing.assert_allclose(simulator.told[-1], expected, rtol=0, atol=1e-6)
+        plain = executed("pi0", pair.network["output"][0], pair.data, pair.opens)
+        assert np.abs(simulator.told[-1] - plain)[..., :6].max() > 0.1
+        np.testing.assert_allclose(simulator.told[-1][..., 6], plain[..., 6], rtol=0, atol=1e-6)
 
 
 def check_inputs(pair: Pair, seen: Observation, inputs: dict[str, torch.Tensor]) -> None:
@@ -181,7 +199,7 @@ def test_whatever_the_network_says_is_converted_and_what_it_calls_open_opens(
         actions, output = policy.actions(tokens), decoded(tokens.numpy()).reshape(-1, 1, 7)
     else:
         output = torch.linspace(-3, 3, 61)[:, None, None].repeat(1, 1, policy.width)
-        actions, output = policy.to_simulator(output), output.numpy()
+        actions, output = policy.to_simulator(output, {}), output.numpy()
     told = pair.connection.action(actions.numpy())
     np.testing.assert_allclose(told, executed(family, output, pair.data, pair.opens), rtol=0, atol=1e-6)
     assert told.dtype == np.float32 and np.abs(told).max() <= 1

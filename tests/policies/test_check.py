@@ -64,13 +64,13 @@ class SameNoiseForAll(FlowMLP):
 
 
 class Unclipped(FlowMLP):
-    def to_simulator(self, x):
+    def to_simulator(self, x, inputs):
         return x * 10
 
 
 class DoubleActions(FlowMLP):
-    def to_simulator(self, x):
-        return super().to_simulator(x).double()
+    def to_simulator(self, x, inputs):
+        return super().to_simulator(x, inputs).double()
 
 
 class ValueSeesNoise(FlowMLP):

@@ -149,7 +149,7 @@ def test_imitation_counts_the_real_dimensions_at_the_reference_times(monkeypatch
     monkeypatch.setattr(policy, "velocity", lambda prefix, x, t: (seen.append(t) or torch.zeros_like(x), None))
     zeros, valid = torch.zeros(20_000, 4, 3), torch.ones(20_000, 4, dtype=torch.bool)
     valid[:, 3] = False
-    zero_action = policy.to_simulator(torch.zeros(20_000, 4, 32))
+    zero_action = policy.to_simulator(torch.zeros(20_000, 4, 32), {})
     drawn = torch.zeros(20_000, 4, 32)
     drawn[:, :, 3:] = 9.0
     drawn[:, 3] = 9.0
@@ -354,12 +354,12 @@ def test_min_and_max_become_one_and_a_constant_becomes_zero():
 def test_actions_go_to_the_network_and_back():
     policy = build()
     actions = torch.tensor([[[0.3, -1.5, 0.25], [-1.0, 2.0, 1.0]]])
-    network = policy.to_network(actions)
+    network = policy.to_network(actions, {})
     assert network.shape == (1, 2, 32)
     torch.testing.assert_close(network[0, :, :3], torch.tensor([[0.3, -0.75, -0.5], [-1.0, 1.0, 1.0]]))
     assert (network[..., 3:] == 0).all()
-    torch.testing.assert_close(policy.to_simulator(network), actions)
-    assert policy.to_simulator(10 * network).abs().max() == 2
+    torch.testing.assert_close(policy.to_simulator(network, {}), actions)
+    assert policy.to_simulator(10 * network, {}).abs().max() == 2
 
 
 def test_a_gripper_from_zero_to_one_is_turned_into_the_simulators():

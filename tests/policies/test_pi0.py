@@ -256,15 +256,15 @@ def test_too_many_numbers_do_not_fit():
 def test_actions_go_to_the_network_and_back(adaptive):
     policy = build(adaptive)
     actions = torch.tensor([[[0.3, -1.5, 0.25], [-1.0, 2.0, 1.0]]])
-    network = policy.to_network(actions)
+    network = policy.to_network(actions, {})
     assert network.shape == (1, 2, 32)
     assert network.dtype == torch.float32
     torch.testing.assert_close(
         network[..., :3], torch.tensor([[[0.3, -0.75, -0.5], [-1.0, 1.0, 1.0]]]), rtol=0, atol=1e-5
     )
     assert (network[..., 3:] == 0).all()
-    torch.testing.assert_close(policy.to_simulator(network), actions)
-    assert policy.to_simulator(10 * network).abs().max() == 2
+    torch.testing.assert_close(policy.to_simulator(network, {}), actions)
+    assert policy.to_simulator(10 * network, {}).abs().max() == 2
 
 
 # -- sizes and settings -----------------------------------------------------------------------------------------------
@@ -302,6 +302,7 @@ def test_published_sizes(sizes, count):
         ({"cameras": {"wrist_0_rgb": "a"}}, "unknown camera"),
         ({"noise_std": (0.2, 0.1)}, "ascending"),
         ({"lora_rank": -1}, "lora_rank >= 0"),
+        ({"relative_to_state": -1}, "relative_to_state >= 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings, message):
