@@ -150,7 +150,9 @@ def libero_spatial_dsrl_pi0() -> RunConfig:
     return RunConfig(
         recipe="libero_spatial_dsrl_pi0",
         simulator=_libero("libero_spatial", amounts),
-        policy=Pi0Config(chunk=amounts.chunk, frozen=("vision", "language", "expert"), dtype="bfloat16"),
+        policy=Pi0Config(
+            chunk=amounts.chunk, relative_to_state=6, frozen=("vision", "language", "expert"), dtype="bfloat16"
+        ),
         algorithm=SACConfig(
             learning_rate=1e-4,
             batch_size=amounts.batch,

@@ -222,7 +222,11 @@ def test_the_critic_improves_on_what_is_cloned(q_weight):
     for _ in range(500):
         actions = rng.normal(0, 0.5, (64, K, A)).clip(-1, 1).astype(np.float32)
         distance = ((actions - 0.5) ** 2).mean((1, 2))
-        data = replay(rows=64) | {"actions": actions, "valid": np.ones((64, 1, K), bool), "terminated": np.ones(64, bool)}
+        data = replay(rows=64) | {
+            "actions": actions,
+            "valid": np.ones((64, 1, K), bool),
+            "terminated": np.ones(64, bool),
+        }
         data["reward"] = np.stack([-distance, 0 * distance], 1)[:, None]
         good = distance < np.median(distance)
         cloned.append(distance[good].mean())

@@ -276,10 +276,8 @@ def test_reward_and_discount_follow_gamma_per():
 
 def test_rewards_are_scaled():
     policy = ToyGaussian()
-    plain, tenth = (
-        PPOConfig(reward_scale=scale).build(policy, 0).prepare(segment(policy, reward=lambda a: factor * a[..., 0]))
-        for scale, factor in ((1.0, 1.0), (0.1, 10.0))
-    )
+    plain = PPOConfig().build(policy, 0).prepare(segment(policy, reward=lambda a: a[..., 0]))
+    tenth = PPOConfig(reward_scale=0.1).build(policy, 0).prepare(segment(policy, reward=lambda a: 10 * a[..., 0]))
     assert plain["returns"].std() > 0
     torch.testing.assert_close(tenth["returns"], plain["returns"])
 
