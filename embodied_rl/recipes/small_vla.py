@@ -50,6 +50,6 @@ def small_vla_grpo() -> RunConfig:
         small_vla_ppo(),
         recipe="small_vla_grpo",
         algorithm=GRPOConfig(
-            learning_rate=3e-5, adapt_to_kl=0.05, group_size=8, groups_per_iteration=6, epochs=3, minibatches=12
+            learning_rate=3e-5, adapt_to_kl=0.02, group_size=8, groups_per_iteration=6, epochs=2, minibatches=12
         ),
     )
