@@ -2,7 +2,9 @@
 original code are in tests/parity."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from openvla_toys import (
     parallel,
     regression,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -105,6 +108,22 @@ def test_the_published_network_has_its_number_of_parameters(published):
     assert shapes["vision_backbone.featurizer.blocks.23.ls2.scale_factor"] == (1024,)
     assert shapes["vision_backbone.fused_featurizer.attn_pool.latent"] == (1, 1, 1152)
     assert shapes["vision_backbone.fused_featurizer.blocks.26.mlp.fc1.weight"] == (4304, 1152)
+
+
+def test_the_published_network_has_the_keys_of_the_reference_with_more_layers(published):
+    with safe_open(
+        Path(__file__).parents[1] / "fixtures/parity/openvla/ar_fp32_vocab704/model.safetensors", "np"
+    ) as reference:
+        templates = {re.sub(r"(blocks|layers)\.\d+\.", r"\1.{}.", key) for key in reference.keys()}  # noqa: SIM118
+    depth = {"vision_backbone.featurizer": 24, "vision_backbone.fused_featurizer": 27, "language_model.model": 32}
+
+    def layers(template: str) -> int:
+        return (
+            next(count for part, count in depth.items() if template.startswith(part + ".")) if "{}" in template else 1
+        )
+
+    expected = {template.format(i) for template in templates for i in range(layers(template))}
+    assert published["openvla-7b"].keys() == expected
 
 
 def test_parallel_decoding_adds_its_parts(published):
