@@ -93,7 +93,7 @@ def _against_lerobot(bench: Bench, policy: Any, inputs: dict[str, Tensor]) -> No
         actions = theirs.sample_actions(
             images, masks, inputs["tokens"], inputs["token_mask"], inputs["state"], zeros, DENOISE_STEPS
         )
-        return policy.to_simulator(actions)
+        return policy.to_simulator(actions, inputs)
 
     bench.compare("pi0_act_vs_lerobot", lambda: policy.act(inputs, True).actions, lerobot, 1e-4)
 
