@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from embodied_rl.policies.lora import add_lora
 from embodied_rl.policies.openvla.architecture import Architecture
@@ -23,6 +24,10 @@ from embodied_rl.policies.openvla.tokens import ACTION_TOKENS
 from embodied_rl.policies.openvla.vision import FusedVision
 
 STOP = 2
+SDPA = "embodied_rl_sdpa"
+"""transformers' own attention under a name for which it makes no masks: without one, all queries see all keys, or in a
+causal call those up to their own place."""
+AttentionInterface.register(SDPA, sdpa_attention_forward)
 
 
 class OpenVLANetwork(nn.Module):
@@ -32,7 +37,7 @@ class OpenVLANetwork(nn.Module):
         super().__init__()
         self.architecture = architecture
         config = LlamaConfig(**{**architecture.text, "use_cache": False})
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = SDPA
         self.vision_backbone = FusedVision(architecture)
         if architecture.vision_lora_rank:
             rank = architecture.vision_lora_rank
@@ -108,21 +113,21 @@ class OpenVLANetwork(nn.Module):
         causal: else every query sees every valid key.
         """
         places = torch.arange(first, first + embeddings.shape[1], device=valid.device)
-        sees = valid[:, None, :]
-        if causal:
-            sees = sees & (torch.arange(valid.shape[1], device=valid.device) <= places[:, None])
-        # a padding query with nothing to see would be NaN; BOS is always valid, and comes first
-        mask = torch.zeros(sees.shape, dtype=embeddings.dtype, device=valid.device)
-        mask = mask.masked_fill(~sees, torch.finfo(embeddings.dtype).min)[:, None].expand(
-            -1, -1, embeddings.shape[1], -1
-        )
         rotary = (valid.cumsum(1) - 1).clamp_min(0)[:, places]
+        mask = None
+        if first or not (valid.is_meta or valid.all()):
+            sees = valid[:, None, :]
+            if causal:
+                sees = sees & (torch.arange(valid.shape[1], device=valid.device) <= places[:, None])
+            # a padding query with nothing to see would be NaN; BOS is always valid, and comes first
+            mask = sees[:, None].expand(-1, -1, len(places), -1)
         output = self.language_model.model(
             inputs_embeds=embeddings,
             attention_mask=mask,
             position_ids=rotary,
             past_key_values=cache,
             use_cache=cache is not None,
+            is_causal=causal,
         )
         return output.last_hidden_state
 
