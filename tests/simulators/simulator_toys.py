@@ -9,6 +9,7 @@ import socket
 import stat
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -112,8 +113,11 @@ class Faulty(Counter):
         return super().step(action)
 
     def obey(self, where: str) -> None:
+        if not self.orders:
+            return
         order = Path(self.orders)
-        if self.orders and order.exists():
+        # The workers share the file: another may obey, and delete it, at any moment.
+        with suppress(FileNotFoundError):
             what = json.loads(order.read_text())
             if (
                 what["where"] == where
