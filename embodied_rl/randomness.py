@@ -6,6 +6,9 @@ batch it is computed in, the number of workers or the executor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 
@@ -20,14 +23,12 @@ class RowNoise:
         """With `copies` > 1 there are B * copies rows, the copies of a row next to each other, all different; the first
         is what it is without copies."""
         self._key = seed, tickets, decisions
-        self._rows = [
-            np.random.Generator(
-                np.random.Philox(
-                    key=np.array([seed, ticket], dtype=np.int64).view(np.uint64),
-                    counter=np.array([0, decision, copy, 0], dtype=np.uint64),
-                )
-            )
-            for ticket, decision in zip(tickets, decisions, strict=True)
+        # Setting the state of one generator takes a tenth of the time of making another.
+        self._philox = np.random.Philox(0)
+        self._generator = np.random.Generator(self._philox)
+        self._states = [
+            _fresh(seed, ticket, decision, copy)
+            for ticket, decision in zip(tickets.tolist(), decisions.tolist(), strict=True)
             for copy in range(copies)
         ]
 
@@ -36,16 +37,36 @@ class RowNoise:
         return RowNoise(*self._key, copies=count)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._states)
 
     def normal(self, *shape: int) -> np.ndarray:
         """Standard normal float32 [B,*shape]."""
-        return np.stack([row.standard_normal(shape, dtype=np.float32) for row in self._rows])
+        return self._drawn(np.float32, shape, lambda: self._generator.standard_normal(shape, dtype=np.float32))
 
     def uniform(self, *shape: int) -> np.ndarray:
         """Uniform float32 [B,*shape] in [0, 1)."""
-        return np.stack([row.random(shape, dtype=np.float32) for row in self._rows])
+        return self._drawn(np.float32, shape, lambda: self._generator.random(shape, dtype=np.float32))
 
     def integers(self, high: int, *shape: int) -> np.ndarray:
         """Uniform int64 [B,*shape] in [0, high)."""
-        return np.stack([row.integers(high, size=shape, dtype=np.int64) for row in self._rows])
+        return self._drawn(np.int64, shape, lambda: self._generator.integers(high, size=shape, dtype=np.int64))
+
+    def _drawn(self, kind: type, shape: tuple[int, ...], draw: Callable[[], Any]) -> np.ndarray:
+        drawn = np.empty((len(self), *shape), kind)
+        for row, state in enumerate(self._states):
+            self._philox.state = state
+            drawn[row] = draw()
+            self._states[row] = self._philox.state
+        return drawn
+
+
+def _fresh(seed: int, ticket: int, decision: int, copy: int) -> Any:
+    """The state of Philox at the start of a row's stream."""
+    return {
+        "bit_generator": "Philox",
+        "state": {"counter": [0, int(decision), copy, 0], "key": [seed % 2**64, ticket % 2**64]},
+        "buffer": [0] * 4,
+        "buffer_pos": 4,  # used up
+        "has_uint32": 0,
+        "uinteger": 0,
+    }

@@ -72,6 +72,20 @@ def test_a_failed_ticket_is_attempted_again_from_the_same_state_with_other_noise
     assert restored.issue(9).tolist() == counter.issue(9).tolist()
 
 
+def test_noise_of_a_row_is_one_philox_stream_keyed_by_seed_ticket_and_decision() -> None:
+    tickets, decisions = np.array([0, 2**41 + 5, WAIT]), np.array([3, 0, 7])
+    noise = RowNoise(11, tickets, decisions).copies(2)
+    drawn = noise.normal(2), noise.integers(9), noise.uniform(3), noise.normal(1)
+    for row in range(6):
+        key = np.array([11, tickets[row // 2]]).view(np.uint64)
+        counter = np.array([0, decisions[row // 2], row % 2, 0], np.uint64)
+        stream = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        alone: list[Any] = [stream.standard_normal(2, dtype=np.float32), stream.integers(9)]
+        alone += [stream.random(3, dtype=np.float32), stream.standard_normal(1, dtype=np.float32)]
+        for batch, expected in zip(drawn, alone, strict=True):
+            np.testing.assert_array_equal(batch[row], expected)
+
+
 def test_every_ticket_runs_one_episode_and_steps_are_counted(worker: RolloutWorker) -> None:
     trajectory = worker.collect(40, version=0)
     tickets = [episode.ticket for episode in trajectory.episodes]
