@@ -91,9 +91,10 @@ def write_frame(frame: Frame, rows: int | np.ndarray, values: Mapping[str, np.nd
     observation spec promised."""
     if values.keys() != frame.keys() and values.keys() != {k for k, v in frame.items() if v.size}:
         raise ValueError(f"observe() gave {sorted(values)} where observation_spec has {sorted(frame)}")
+    batch = (len(rows),) if isinstance(rows, np.ndarray) else ()
     for name, value in values.items():
         target = frame[name]
-        shape = np.shape(rows) + target.shape[1:]
+        shape = batch + target.shape[1:]
         if value.shape != shape or value.dtype != target.dtype:
             raise ValueError(
                 f"observe() gave '{name}' as {value.dtype} {list(value.shape)} where observation_spec has "

@@ -55,10 +55,13 @@ class Rows:
         self._first = first
         self._memory = memory
         self._block: Block | None = None
+        self._steps: dict[tuple[int, int], list[Steps]] = {}
+        """Of each row, by (buffer, K): making such views takes as long as a step of a small environment."""
 
     def map(self, where: dict[str, Any]) -> None:
         """Use the arrays described by {"start", "fields"} from now on."""
         self._block = Block(map_arrays(self._memory, where["start"], where["fields"]))
+        self._steps = {}
 
     def reset(self, buffer: int) -> None:
         """Reset the rows that `run` and observe them into `buffer`; other rows keep their last observation."""
@@ -78,9 +81,12 @@ class Rows:
         actions = block.actions[rows, :chunk].copy()
         block.steps[buffer][rows, :chunk].clear()
         last = [{name: array[k] for name, array in block.every.items()} for k in range(chunk)] if every else []
-        for row, environment, todo in zip(range(rows.start, rows.stop), self._environments, actions, strict=True):
+        if (buffer, chunk) not in self._steps:
+            self._steps[buffer, chunk] = [block.steps[buffer][row, :chunk] for row in range(rows.start, rows.stop)]
+        each = zip(self._environments, actions, self._steps[buffer, chunk], strict=True)
+        for row, (environment, todo, steps) in enumerate(each, self._first):
             if block.run[row]:
-                self._run(environment, row, buffer, todo, last)
+                self._run(environment, row, buffer, todo, steps, last)
                 continue
             for frame in (block.frames[buffer], *last):
                 _copy(frame, block.frames[1 - buffer], row)
@@ -90,11 +96,16 @@ class Rows:
             environment.close()
 
     def _run(
-        self, environment: Environment, row: int, buffer: int, actions: np.ndarray, every: Sequence[Frame]
+        self,
+        environment: Environment,
+        row: int,
+        buffer: int,
+        actions: np.ndarray,
+        steps: Steps,
+        every: Sequence[Frame],
     ) -> None:
         block = self._mapped()
         frame = block.frames[buffer]
-        steps = block.steps[buffer][row, : len(actions)]
         observe = (lambda k: write_frame(every[k], row, environment.observe())) if every else None
         executed, ended = run_chunk(environment, actions, steps, observe)
         current = block.final if ended else frame

@@ -170,27 +170,44 @@ def main(connection: int, memory: int, epoch: int, parent: int) -> None:
 
 
 def _serve(channel: Channel, memory: int) -> None:
-    rows: Rows | BatchedRows = Rows([], 0, memory)
+    server = Server(memory)
     while (message := channel.receive(None)).kind is not Kind.CLOSE:
+        answer = server.carry_out(message)
+        if answer is not None:
+            channel.send(answer, None)
+    server.close()
+
+
+class Server:
+    """Does what messages say to the environments of one worker, whose arrays are in `memory`."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._rows: Rows | BatchedRows = Rows([], 0, memory)
+
+    def carry_out(self, message: Message) -> Message | None:
+        """The answer, if there is to be one."""
         payload = b""
         try:
             match message.kind:
                 case Kind.BUILD:
-                    rows, payload = _build(memory, json.loads(message.payload))
+                    self._rows, payload = _build(self._memory, json.loads(message.payload))
                 case Kind.MAP:
-                    rows.map(json.loads(message.payload))
-                    continue
+                    self._rows.map(json.loads(message.payload))
+                    return None
                 case Kind.RESET:
-                    rows.reset(message.buffer)
+                    self._rows.reset(message.buffer)
                 case Kind.CHUNK:
-                    rows.chunk(message.buffer, message.chunk, message.every)
-            answer = Message(Kind.DONE, message.sequence, payload=payload)
+                    self._rows.chunk(message.buffer, message.chunk, message.every)
         except Exception as error:
             user = isinstance(error, UserError)
             text = str(error) if user else traceback.format_exc()
-            answer = Message(Kind.ERROR, message.sequence, payload=json.dumps({"user": user, "text": text}).encode())
-        channel.send(answer, None)
-    rows.close()
+            payload = json.dumps({"user": user, "text": text}).encode()
+            return Message(Kind.ERROR, message.sequence, payload=payload)
+        return Message(Kind.DONE, message.sequence, payload=payload)
+
+    def close(self) -> None:
+        self._rows.close()
 
 
 def _build(memory: int, order: dict[str, Any]) -> tuple[Rows | BatchedRows, bytes]:

@@ -51,6 +51,14 @@ class WorkerHangs(WorkerDied):
     """A worker that runs, but not for us."""
 
 
+def checked(message: Message, name: str) -> Message:
+    """`message`, unless it says that an environment of the worker `name` failed: then raises what that raised."""
+    if message.kind is not Kind.ERROR:
+        return message
+    error = json.loads(message.payload)
+    raise UserError(error["text"]) if error["user"] else EnvironmentFailed(f"{name}:\n{error['text']}")
+
+
 @dataclass
 class _Process:
     """One incarnation of a worker."""
@@ -129,10 +137,7 @@ class WorkerProcess:
             raise WorkerDied("ended") from None
         except ProtocolError as error:
             raise WorkerDied(f"does not keep to the protocol ({error})") from None
-        if message.kind is Kind.ERROR:
-            error = json.loads(message.payload)
-            raise UserError(error["text"]) if error["user"] else EnvironmentFailed(f"{self._name}:\n{error['text']}")
-        return message
+        return checked(message, self._name)
 
     def kill(self, death: WorkerDied) -> None:
         """Make sure that the process and all it started are gone."""

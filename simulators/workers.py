@@ -15,6 +15,7 @@ import numpy as np
 from embodied_rl.errors import SimulatorDied, UserError
 from embodied_rl.simulators.base import WAIT, ResetSchedule, Simulator
 from embodied_rl.simulators.chunk import Frame, Ledger, check_reset, check_send
+from embodied_rl.simulators.local_worker import LocalWorker
 from embodied_rl.simulators.rows import Block, block_fields
 from embodied_rl.simulators.shared_arrays import SharedMemory
 from embodied_rl.simulators.worker import Kind, Message, Specs
@@ -26,7 +27,7 @@ _GRACE = 5.0
 
 
 class WorkerSimulator(Simulator):
-    """N environments `target` in `workers` processes that outlive the death of any of them.
+    """N environments `target` in `workers` processes that outlive the death of any of them, or in this process.
 
     A worker that dies or hangs is replaced and its rows start their tickets again (`ChunkResult.lost`). An observation
     that a call returned stays intact until the second call after it, intermediate and final ones until the next.
@@ -38,7 +39,7 @@ class WorkerSimulator(Simulator):
         target: str,
         kwargs: dict[str, Any],
         num_envs: int,
-        workers: int,
+        workers: int | None,
         schedule: ResetSchedule,
         *,
         log_dir: Path | None = None,
@@ -49,7 +50,8 @@ class WorkerSimulator(Simulator):
         max_deaths: int = 3,
     ) -> None:
         """`target` is the "module:class" of an `Environment`, constructed with `kwargs` (plain JSON values), or of a
-        `BatchedEnvironment`, of which each worker constructs one with `num_envs` besides.
+        `BatchedEnvironment`, of which each worker constructs one with `num_envs` besides. Without `workers` (None) the
+        environments are in this process, which then knows no other `python` and no time limits.
 
         `python` is another interpreter that has the simulator and numpy; its modules are looked up in `python_path` and
         its own path, those of the default interpreter also wherever this process finds its modules. What workers print
@@ -57,7 +59,7 @@ class WorkerSimulator(Simulator):
         seconds. Raises `UserError` for a target that cannot be loaded, `SimulatorDied` when a worker dies while
         it starts, or after more than `max_deaths` deaths in all.
         """
-        if not 1 <= workers <= num_envs:
+        if workers is not None and not 1 <= workers <= num_envs:
             raise UserError(f"{workers} workers for {num_envs} environments: choose between 1 and {num_envs}")
         order = {"target": target, "kwargs": kwargs, "path": [*python_path, *([] if python else sys.path)]}
         try:
@@ -71,10 +73,10 @@ class WorkerSimulator(Simulator):
         self._sequence = 0
         self._in_flight: tuple[int, np.ndarray, bool] | None = None  # K, next tickets, every
         self._memory = SharedMemory()
-        bounds = [num_envs * i // workers for i in range(workers + 1)]
+        count, kind = (1, LocalWorker) if workers is None else (workers, WorkerProcess)
+        bounds = [num_envs * i // count for i in range(count + 1)]
         self._workers = [
-            WorkerProcess(i, slice(bounds[i], bounds[i + 1]), order, python or sys.executable, log_dir)
-            for i in range(workers)
+            kind(i, slice(bounds[i], bounds[i + 1]), order, python or sys.executable, log_dir) for i in range(count)
         ]
         # Also when the last reference goes, and when the interpreter exits.
         self._release = weakref.finalize(self, _close, self._workers, self._memory)

@@ -26,8 +26,9 @@ class GymnasiumConfig(OneTask):
     """Time limit in environment steps; None is the registered one."""
     num_envs: int = 8
     """Environments stepped together."""
-    workers: int = 2
-    """Processes that share them."""
+    workers: int | None = 2
+    """Processes that share them; none = the environments are in the learner's process, which on one core is faster, but
+    does not outlive their crashes."""
 
     def __post_init__(self) -> None:
         check_settings("Gymnasium", self)

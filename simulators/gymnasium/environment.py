@@ -63,8 +63,13 @@ class GymnasiumEnvironment(Environment):
         return float(reward), bool(terminated), bool(truncated) or self._steps >= self._max_steps, success
 
     def observe(self) -> dict[str, np.ndarray]:
-        parts = list(_leaves(self._env.observation_space, self._observed)) if self._has_state else []
-        frame = {"state": np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)}
+        if not self._has_state:
+            state = np.zeros(0, np.float32)
+        elif isinstance(self._observed, np.ndarray):
+            state = self._observed.astype(np.float32).reshape(-1)
+        else:
+            state = np.concatenate(list(_leaves(self._env.observation_space, self._observed))).astype(np.float32)
+        frame = {"state": state}
         if self._images:
             frame[f"image.{CAMERA}"] = self._frame()
         return frame

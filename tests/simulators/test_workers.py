@@ -15,6 +15,7 @@ from simulator_toys import ACTION, OBSERVATION, TASKS, assert_same
 from embodied_rl.errors import UserError
 from embodied_rl.simulators.base import WAIT
 from embodied_rl.simulators.reset_schedule import RandomSchedule
+from embodied_rl.simulators.worker_process import EnvironmentFailed
 from embodied_rl.simulators.workers import WorkerSimulator
 from embodied_rl.types import ChunkResult, Observation
 
@@ -22,12 +23,12 @@ SCHEDULE = RandomSchedule(5, num_tasks=2)
 COUNTER = "simulator_toys:Counter"
 
 
-def counters(num_envs: int = 4, workers: int = 2) -> WorkerSimulator:
+def counters(num_envs: int = 4, workers: int | None = 2) -> WorkerSimulator:
     return WorkerSimulator(COUNTER, {}, num_envs, workers, SCHEDULE)
 
 
 def test_results_do_not_depend_on_the_number_of_workers() -> None:
-    def play(workers: int) -> list[Observation | ChunkResult]:
+    def play(workers: int | None) -> list[Observation | ChunkResult]:
         generator = np.random.default_rng(0)
         with counters(4, workers) as simulator:
             results: list[Observation | ChunkResult] = [simulator.reset(tickets=np.arange(4)).copy()]
@@ -41,7 +42,7 @@ def test_results_do_not_depend_on_the_number_of_workers() -> None:
         return results
 
     alone = play(1)
-    for workers in (2, 3, 4):
+    for workers in (2, 3, 4, None):
         assert_same(play(workers), alone)
 
 
@@ -115,7 +116,8 @@ def test_a_number_of_workers_that_cannot_be(workers: int) -> None:
         counters(4, workers)
 
 
-def test_close_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("workers", [2, None])
+def test_close_leaves_nothing_behind(workers: int | None) -> None:
     def open_files() -> int:
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
@@ -123,7 +125,7 @@ def test_close_leaves_nothing_behind() -> None:
     counters().close()  # starts what stays: the spawning thread
     before, shared = open_files(), os.listdir("/dev/shm")
     for _ in range(3):
-        simulator = counters()
+        simulator = counters(4, workers)
         simulator.reset(tickets=np.arange(4))
         simulator.step(np.ones((4, 30, 2), np.float32), "all")
         simulator.send(np.ones((4, 30, 2), np.float32))
@@ -152,6 +154,13 @@ def test_a_simulator_built_in_a_thread_outlives_the_thread() -> None:
     with built[0] as simulator:
         simulator.reset(tickets=np.arange(4))
         assert simulator.deaths == 0
+
+
+def test_environments_in_this_process_fail_as_they_do_in_others() -> None:
+    with pytest.raises(UserError, match=r"'simulator_toys:Nothing' .*python.*Nothing"):
+        WorkerSimulator("simulator_toys:Nothing", {}, 2, None, SCHEDULE)
+    with pytest.raises(EnvironmentFailed, match=r"(?s)environments 0-1.*ZeroDivisionError: the toy broke"):
+        WorkerSimulator("simulator_toys:Faulty", {"at_start": "raise"}, 2, None, SCHEDULE)
 
 
 def test_a_target_that_is_missing_names_module_and_interpreter() -> None:
