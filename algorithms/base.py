@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from embodied_rl.algorithms.off_policy import OffPolicyConfig, Replay
+from embodied_rl.errors import UserError
 from embodied_rl.randomness import RowNoise
 from embodied_rl.types import ActionSample, Episode, EpisodeBatch, Trajectory
+
+if TYPE_CHECKING:
+    from embodied_rl.algorithms.cotraining import CoTraining
 
 Metrics = dict[str, float]
 
@@ -35,6 +39,14 @@ class Algorithm(ABC):
     @abstractmethod
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Optimizers by name."""
+
+    def cotrain(self, cotraining: CoTraining) -> None:
+        """Add its loss to the actor's from now on, once in every step of the actor's optimizer. Raises `UserError` for
+        an algorithm that does not do that."""
+        raise UserError(
+            f"{type(self).__name__} does not co-train: use ppo, grpo, sac or flow_actor_critic, or "
+            f"set cotraining.beta to 0"
+        )
 
     def counters(self) -> dict[str, float]:
         """Plain numbers to restore (update counts, adaptive coefficients)."""

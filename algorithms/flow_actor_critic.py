@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embodied_rl.algorithms.base import OffPolicyAlgorithm
+from embodied_rl.algorithms.cotraining import CoTraining
 from embodied_rl.algorithms.critic import CriticEnsemble, feature_size, polyak
-from embodied_rl.algorithms.imitation import mean_imitation_loss
+from embodied_rl.algorithms.imitation import mean_imitation_loss, take
 from embodied_rl.algorithms.off_policy import GammaPer, OffPolicyConfig, Replay, to_device, transitions
 from embodied_rl.algorithms.optimization import actor_parameters, adam, seed_policy_draws, step
 from embodied_rl.errors import UserError
@@ -102,7 +103,11 @@ class FlowActorCritic(OffPolicyAlgorithm):
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_optimizer = adam(self.critic.parameters(), config.critic_learning_rate)
         self.actor_optimizer = adam(actor_parameters(policy), config.learning_rate)
+        self.cotraining: CoTraining | None = None
         self.updates = 0
+
+    def cotrain(self, cotraining: CoTraining) -> None:
+        self.cotraining = cotraining
 
     @property
     def next_update_trains_actor(self) -> bool:
@@ -120,7 +125,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
                 anchor = replay.sample_successful(config.anchor_batch_size, rng)
             else:
                 rows = rng.integers(len(demonstrations["actions"]), size=config.anchor_batch_size)
-                anchor = _rows(demonstrations, torch.from_numpy(rows))
+                anchor = take(demonstrations, torch.from_numpy(rows))
         return self.batch(decisions, anchor)
 
     def batch(self, replay: dict[str, Any], anchor: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -186,6 +191,9 @@ class FlowActorCritic(OffPolicyAlgorithm):
             flow_loss = mean_imitation_loss(self.policy, anchor)
             losses.append(config.flow_weight * flow_loss)
             metrics["flow_loss"] = flow_loss.detach()
+        if self.cotraining is not None:
+            losses.append(self.cotraining.loss(self.updates))
+            metrics["cotraining_loss"] = losses[-1].detach()
         loss = torch.stack(losses).sum()
         norm = step(loss, self.actor_optimizer, self.config.max_grad_norm)
         return metrics | {"actor_loss": loss.detach(), "actor_grad_norm": norm}
@@ -216,11 +224,3 @@ class FlowActorCritic(OffPolicyAlgorithm):
 
     def load_counters(self, counters: dict[str, float]) -> None:
         self.updates = int(counters["updates"])
-
-
-def _rows(data: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    return {
-        "inputs": {name: tensor[rows] for name, tensor in data["inputs"].items()},
-        "actions": data["actions"][rows],
-        "valid": data["valid"][rows],
-    }

@@ -72,6 +72,23 @@ class Imitation(ImitationAlgorithm):
         self.updates = int(counters["updates"])
 
 
+def take(data: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The rows [B] of chunks {"inputs", "actions" [M,H,A], "valid" [M,H]}."""
+    return {
+        "inputs": {name: column[rows] for name, column in data["inputs"].items()},
+        "actions": data["actions"][rows],
+        "valid": data["valid"][rows],
+    }
+
+
+def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The rows of both."""
+    return {
+        name: join(column, second[name]) if isinstance(column, dict) else torch.cat([column, second[name]])
+        for name, column in first.items()
+    }
+
+
 def mean_imitation_loss(policy: Any, batch: dict[str, Any]) -> Tensor:
     """Mean of `policy.imitation_loss` over the rows that have a valid step; 0 when none has."""
     loss = policy.imitation_loss(batch["inputs"], batch["actions"], batch["valid"])

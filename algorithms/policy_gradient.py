@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.algorithms.base import Algorithm, Metrics
+from embodied_rl.algorithms.cotraining import CoTraining
 from embodied_rl.algorithms.losses import (
     Granularity,
     aggregate,
@@ -110,6 +111,7 @@ class PolicyGradient(Algorithm):
         self.policy = policy
         self.policy_optimizer = adam(actor_parameters(policy), config.learning_rate, beta2=config.adam_beta2)
         self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coefficient else None
+        self.cotraining: CoTraining | None = None
         self.iterations = 0
         self.updates = 0
         self.lag = 0
@@ -118,6 +120,9 @@ class PolicyGradient(Algorithm):
     @property
     def staleness(self) -> int:
         return self.config.staleness
+
+    def cotrain(self, cotraining: CoTraining) -> None:
+        self.cotraining = cotraining
 
     def improve(self, data: Batch, version: int, generator: torch.Generator) -> Metrics:
         """Several epochs over the rows of `data`, which weights `version` collected: the means of the metrics over the
@@ -207,6 +212,10 @@ class PolicyGradient(Algorithm):
             loss, found, optimizers = self.losses(part)
             norms = backward(loss, optimizers, add=bool(metrics))
             metrics = {name: value.detach() + metrics.get(name, 0.0) for name, value in found.items()}
+        if self.cotraining is not None and "grad_norm" in optimizers:  # not while the critic warms up
+            for loss in self.cotraining.losses(self.updates, self.config.microbatch):
+                norms |= backward(loss, {"grad_norm": self.policy_optimizer}, add=True)
+                metrics["cotraining_loss"] = loss.detach() + metrics.get("cotraining_loss", 0.0)
         values = read_finite(metrics | norms, self.updates)
         if self.config.target_kl is not None and values.get("approx_kl", 0.0) > self.config.target_kl:
             for optimizer in optimizers.values():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from embodied_rl.algorithms.augmentation import random_shift
 from embodied_rl.algorithms.base import OffPolicyAlgorithm
+from embodied_rl.algorithms.cotraining import CoTraining
 from embodied_rl.algorithms.critic import CriticEnsemble, Norm, feature_size, polyak
 from embodied_rl.algorithms.off_policy import OffPolicyConfig, Replay, interleave, transitions
 from embodied_rl.algorithms.optimization import adam, seed_policy_draws, step
@@ -146,7 +147,13 @@ class SAC(OffPolicyAlgorithm):
         self.temperature_optimizer = adam(self.temperature.parameters(), config.temperature_learning_rate)
         self.max_grad_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
         self.demonstrations = "decisions" if config.symmetric else None
+        self.cotraining: CoTraining | None = None
         self.updates = 0
+
+    def cotrain(self, cotraining: CoTraining) -> None:
+        if self.config.steer != "no":
+            raise UserError("sac: steer leaves the policy as it is, so there is nothing to co-train: use one of them")
+        self.cotraining = cotraining
 
     def act(self, inputs: dict[str, Tensor], noise: RowNoise) -> ActionSample:
         """A sample of the policy; at random before the first update when `random_actions` says so."""
@@ -224,10 +231,14 @@ class SAC(OffPolicyAlgorithm):
     def _update_actor(self, features: Tensor, alpha: Tensor) -> dict[str, Tensor]:
         latent, log_prob = self.policy.propose(features)
         loss = self.actor_loss(self.critic(self._critic_input(features, latent)), log_prob, alpha)
+        metrics = {"entropy": -log_prob.detach().mean()}
+        if self.cotraining is not None:
+            extra = self.cotraining.loss(self.updates)
+            loss, metrics["cotraining_loss"] = loss + extra, extra.detach()
         norm = step(loss, self.actor_optimizer, self.max_grad_norm)
         if self.config.temperature_learning_rate:
             step(self.temperature.loss(log_prob, self.target_entropy), self.temperature_optimizer, math.inf)
-        return {"actor_loss": loss.detach(), "entropy": -log_prob.detach().mean(), "actor_grad_norm": norm}
+        return metrics | {"actor_loss": loss.detach(), "actor_grad_norm": norm}
 
     def actor_loss(self, q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
         """Mean of alpha * log_prob - Q, [], of `q` [E,B] and `log_prob` [B]."""

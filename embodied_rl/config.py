@@ -38,6 +38,28 @@ class DemonstrationsConfig:
 
 
 @dataclass(frozen=True)
+class CoTrainingConfig:
+    """A second dataset, say of the real robot, imitated beside the demonstrations and beside the rewards."""
+
+    path: str = ""
+    """HDF5 file of demonstrations of the same task through the same controller."""
+    episodes: int | None = None
+    """Take this many of them; none takes all."""
+    share: float = 0.5
+    """Of every batch of chunks that is cloned before reinforcement learning; the rest are of `demonstrations`."""
+    beta: float = 0.1
+    """Weight of its imitation loss in every update of the actor by reinforcement learning; 0 leaves it out."""
+    batch_size: int = 64
+    """Its chunks in such an update."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise UserError(f"cotraining: share must be between 0 and 1, not {self.share}")
+        if self.beta < 0 or self.batch_size < 1:
+            raise UserError(f"cotraining: needs beta >= 0 and batch_size >= 1, not {self.beta} and {self.batch_size}")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """The evaluations at the start and at the end, on seeds that are used for nothing else."""
 
@@ -95,6 +117,8 @@ class RunConfig:
     """Registered algorithm that clones the demonstrations; none starts from the policy as built."""
     demonstrations: DemonstrationsConfig | None = None
     """Demonstrations to clone; none for a run without them."""
+    cotraining: CoTrainingConfig | None = None
+    """A second dataset to imitate; none for a run without one."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -112,6 +136,9 @@ COMPONENTS: dict[str, Registry] = {
 
 OPTIONAL = ("algorithm", "imitation")
 """The components that a run can do without."""
+
+DATASETS = {"demonstrations": DemonstrationsConfig, "cotraining": CoTrainingConfig}
+"""The parts of a configuration that a run can do without; giving one of their settings adds them."""
 
 
 class Setting(NamedTuple):
@@ -195,13 +222,13 @@ def _set(config: RunConfig, key: str, text: str | None) -> RunConfig:
     head, _, rest = key.partition(".")
     if rest and head in OPTIONAL and getattr(config, head) is None:
         raise UserError(f"{_flag(key)}: this run has no {head}; add {_flag(head)} NAME")
-    if rest and head == "demonstrations" and config.demonstrations is None:
-        config = replace(config, demonstrations=DemonstrationsConfig())
-    if key == "demonstrations" and text and text.lower() == "none":
-        return replace(config, demonstrations=None)
-    known = {setting.key for setting in describe(config)}
-    if key not in known or key == "demonstrations":
-        raise unknown("setting", _flag(key), {_flag(k) for k in known - {"demonstrations"}})
+    if rest and head in DATASETS and getattr(config, head) is None:
+        config = replace(config, **{head: DATASETS[head]()})
+    if key in DATASETS and text and text.lower() == "none":
+        return replace(config, **{key: None})
+    known = {setting.key for setting in describe(config)} - DATASETS.keys()
+    if key not in known:
+        raise unknown("setting", _flag(key), {_flag(k) for k in known})
     return _assign(config, key.split("."), text, key)
 
 

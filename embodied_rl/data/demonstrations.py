@@ -130,6 +130,17 @@ def chunks(episodes: Sequence[DemonstrationEpisode], horizon: int) -> tuple[np.n
     return np.concatenate(actions), np.concatenate(valid)
 
 
+def mixture_statistics(states: np.ndarray, others: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """(mean [S], standard deviation [S]) of a mixture of which `share` is drawn from `others` [M',S], the rest from
+    `states` [M,S]."""
+    mean, variance = states.mean(axis=0), states.var(axis=0)
+    if not share:
+        return mean, np.sqrt(variance)
+    own, mean = mean, (1 - share) * mean + share * others.mean(axis=0)
+    variance = (1 - share) * (variance + (own - mean) ** 2)
+    return mean, np.sqrt(variance + share * (others.var(axis=0) + (others.mean(axis=0) - mean) ** 2))
+
+
 def _metadata(index: int, episode: DemonstrationEpisode, control_mode: str) -> dict[str, Any]:
     info: dict[str, Any] = {
         "episode_id": index,

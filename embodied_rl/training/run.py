@@ -25,9 +25,17 @@ from embodied_rl.algorithms.base import (
     OffPolicyAlgorithm,
     OnPolicyAlgorithm,
 )
-from embodied_rl.config import RunConfig, to_dict
+from embodied_rl.algorithms.cotraining import CoTraining
+from embodied_rl.config import DemonstrationsConfig, RunConfig, to_dict
 from embodied_rl.data.demonstration_replay import demonstration_replay
-from embodied_rl.data.demonstrations import DemonstrationEpisode, chunks, observations, read, write
+from embodied_rl.data.demonstrations import (
+    DemonstrationEpisode,
+    chunks,
+    mixture_statistics,
+    observations,
+    read,
+    write,
+)
 from embodied_rl.data.replay_buffer import ReplayBuffer
 from embodied_rl.errors import UserError
 from embodied_rl.files import write_atomic
@@ -119,7 +127,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(self.config.seed)
 
     def _phases(self) -> dict[str, Any]:
-        data = self._demonstrations()
+        data, self.second = self._datasets()
         if self.saved is None:
             if data is not None and self.config.imitation is not None:
                 with self._phase("clone demonstrations"):
@@ -147,31 +155,51 @@ class Run:
         torch.manual_seed(self.config.seed)
         return self.config.policy.build(self.simulator.observation_spec, self.simulator.action_spec)
 
-    def _demonstrations(self) -> dict[str, Any] | None:
-        """Chunks {"inputs", "actions" [M,H,A], "valid" [M,H]}, and the policy's statistics fitted to them."""
-        wanted = self.config.demonstrations
-        if wanted is None:
-            return None
+    def _datasets(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Chunks {"inputs", "actions" [M,H,A], "valid" [M,H]} of the demonstrations and of the second dataset, and the
+        policy's statistics fitted to the mixture that is cloned."""
+        first, second = self.config.demonstrations, self.config.cotraining
+        found: list[list[DemonstrationEpisode]] = []
+        if first is not None:
+            self.demonstrations = self._read_or_collect(first)
+            found.append(self.demonstrations)
+        if second is not None:
+            found.append(self._read(second.path, second.episodes))
+        seen = [self._seen(episodes) for episodes in found]
+        if first is not None:
+            self.statistics = mixture_statistics(seen[0].state, seen[-1].state, second.share if second else 0.0)
+            if self.saved is None:
+                self.policy.set_statistics(*self.statistics)
+        data = [self._chunks(episodes, each) for episodes, each in zip(found, seen, strict=True)]
+        return data[0] if first else None, data[-1] if second else None
+
+    def _read_or_collect(self, wanted: DemonstrationsConfig) -> list[DemonstrationEpisode]:
         path = self.out / "demonstrations.h5"
         if wanted.path:
-            task, control = self.simulator.tasks[0].name, self.simulator.action_spec.control
-            episodes = read(Path(wanted.path), task, control)[: wanted.episodes]
-            if len(episodes) < wanted.episodes:
-                raise UserError(f"{wanted.path} holds {len(episodes)} demonstrations, {wanted.episodes} are asked for")
-        elif self.saved:
-            episodes = read(path)
-        else:
-            with self._phase("collect demonstrations"):
-                episodes = self._collect(path, wanted.episodes, wanted.noise)
+            return self._read(wanted.path, wanted.episodes)
+        if self.saved:
+            return read(path)
+        with self._phase("collect demonstrations"):
+            return self._collect(path, wanted.episodes, wanted.noise)
+
+    def _read(self, path: str, count: int | None) -> list[DemonstrationEpisode]:
+        """The first `count` episodes of a file, or all; raises `UserError` when there are fewer."""
+        if not path:
+            raise UserError("co-training needs a second dataset: add --cotraining.path FILE")
+        task, control = self.simulator.tasks[0].name, self.simulator.action_spec.control
+        episodes = read(Path(path), task, control)[:count]
+        if count is not None and len(episodes) < count:
+            raise UserError(f"{path} holds {len(episodes)} demonstrations, {count} are asked for")
+        return episodes
+
+    def _seen(self, episodes: list[DemonstrationEpisode]) -> Observation:
+        """What the policy would have seen before every action."""
         seen = observations(episodes, tuple(task.instruction for task in self.simulator.tasks))
         self._check_recorded(seen)
-        seen = self.connection.observation(seen)
-        states = seen.state
-        self.demonstrations = episodes
+        return self.connection.observation(seen)
+
+    def _chunks(self, episodes: list[DemonstrationEpisode], seen: Observation) -> dict[str, Any]:
         actions, valid = chunks(episodes, self.policy.horizon)
-        self.statistics = states.mean(axis=0), states.std(axis=0)
-        if self.saved is None:
-            self.policy.set_statistics(*self.statistics)
         return {
             "inputs": self.policy.prepare(seen),
             "actions": torch.from_numpy(actions).to(self.policy.device),
@@ -219,6 +247,8 @@ class Run:
             config.batch_size,
             generator,
             lambda step, metrics: self.progress.update(detail=f"step {step}/{config.steps}", **metrics),
+            self.second,
+            self.config.cotraining.share if self.config.cotraining else 0.0,
         )
 
     def _workflow(self, data: dict[str, Any] | None) -> Workflow | None:
@@ -228,6 +258,9 @@ class Run:
             return None
         self.algorithm = config.algorithm.build(self.policy, config.seed)
         self.policy = self.worker.policy = self.algorithm.policy  # what acts from now on may contain what was cloned
+        second = config.cotraining
+        if self.second is not None and second is not None and second.beta:
+            self.algorithm.cotrain(CoTraining(self.policy, self.second, second.beta, second.batch_size, config.seed))
         workflow: Workflow
         if isinstance(self.algorithm, OnPolicyAlgorithm):
             workflow = SegmentWorkflow(self.worker, self.algorithm, decisions, self.generator)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OffPolicyAlgorithm
+from embodied_rl.algorithms.imitation import join, take
 from embodied_rl.data.replay_buffer import ReplayBuffer
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.rollout import Decision, RolloutWorker, TicketCounter
@@ -45,18 +46,22 @@ def imitate(
     batch_size: int,
     generator: torch.Generator,
     report: Callable[[int, Metrics], None],
+    second: dict[str, Any] | None = None,
+    share: float = 0.0,
 ) -> None:
-    """Clone `data` {"inputs" {name: [M,...]}, "actions" [M,H,A], "valid" [M,H]} for `steps` updates; `report` hears of
-    every hundredth."""
-    rows = len(data["actions"])
+    """Clone `data` {"inputs" {name: [M,...]}, "actions" [M,H,A], "valid" [M,H]} for `steps` updates, `share` of every
+    batch being of the dataset `second`; `report` hears of every hundredth."""
+    others = round(share * batch_size) if second is not None else 0
+
+    def draw(chunks: dict[str, Any], count: int) -> dict[str, Any]:
+        rows = torch.randint(len(chunks["actions"]), (count,), generator=generator)
+        return take(chunks, rows.to(chunks["actions"].device))
+
     mean = Mean("imitation")
     for step in range(1, steps + 1):
-        index = torch.randint(rows, (batch_size,), generator=generator).to(data["actions"].device)
-        batch = {
-            "inputs": {name: tensor[index] for name, tensor in data["inputs"].items()},
-            "actions": data["actions"][index],
-            "valid": data["valid"][index],
-        }
+        batch = draw(data, batch_size - others)
+        if second is not None and others:
+            batch = join(batch, draw(second, others))
         mean.add(algorithm.update(batch, generator))
         if step % 100 == 0 or step == steps:
             mean.check(f"cloning step {step}")
