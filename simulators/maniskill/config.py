@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import embodied_rl
+from embodied_rl.errors import UserError
 from embodied_rl.simulators.base import Demonstrator, Listing, ResetSchedule, Simulator
+from embodied_rl.simulators.maniskill.physics import Physics
 from embodied_rl.simulators.settings import OneTask, check_settings
 
 
@@ -37,9 +39,13 @@ class ManiSkillConfig(OneTask):
     """Height and width of every camera, pixels."""
     max_steps: int | None = None
     """Time limit in environment steps; None is the task's registered one."""
+    physics: Physics = field(default_factory=Physics)
+    """A variant of the task's physics, on the CPU."""
 
     def __post_init__(self) -> None:
         check_settings("ManiSkill", self)
+        if self.backend == "gpu" and self.physics != Physics():
+            raise UserError("ManiSkill physics can be varied on backend 'cpu' only")
 
     @property
     def environment(self) -> tuple[str, dict[str, Any]]:
@@ -64,6 +70,7 @@ class ManiSkillConfig(OneTask):
             from embodied_rl.simulators.chunk import BatchedSimulator
             from embodied_rl.simulators.maniskill.batched import ManiSkillBatchedEnvironment
 
+            del kwargs["physics"]
             return BatchedSimulator(ManiSkillBatchedEnvironment(num_envs=self.num_envs, **kwargs), schedule)
         from embodied_rl.simulators.workers import WorkerSimulator
 

@@ -15,6 +15,7 @@ from embodied_rl.simulators import vulkan
 from embodied_rl.simulators.base import Environment, InitialState
 from embodied_rl.simulators.maniskill import fast, headless, tasks
 from embodied_rl.simulators.maniskill.config import instruction
+from embodied_rl.simulators.maniskill.physics import vary
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, TaskSpec
 
 
@@ -42,7 +43,8 @@ class LazyObservation(Mapping[str, Any]):
 
 
 class ManiSkillEnvironment(Environment):
-    """One environment; rewards, states and terminations equal those of ManiSkill's `CPUGymWrapper` bit for bit.
+    """One environment; rewards, states and terminations equal those of ManiSkill's `CPUGymWrapper` bit for bit, unless
+    `physics` (the fields of `Physics`) says otherwise.
 
     A reset gives the same start for the same seed. What follows is the same too, save in ManiSkill's humanoid tasks
     (UnitreeG1-*, MS-Humanoid*), whose own reset leaves something of the last episode in the physics.
@@ -58,6 +60,7 @@ class ManiSkillEnvironment(Environment):
         reward: str = "sparse",
         image_size: int = 128,
         max_steps: int | None = None,
+        physics: Mapping[str, float] | None = None,
     ) -> None:
         import torch
 
@@ -65,6 +68,7 @@ class ManiSkillEnvironment(Environment):
         self.max_steps = tasks.check(task, reward, max_steps)
         fast.install()
         self.env = make(task, control_mode, observation, reward, image_size)
+        vary(self.env, physics or {})
         self._steps = 0
         self._info: dict[str, Any] = self.env.get_info()
         self.observation_spec = observation_spec(self.env, observation, image_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from embodied_rl.simulators.base import BatchedEnvironment, InitialState
 from embodied_rl.simulators.maniskill import environment as single
 from embodied_rl.simulators.maniskill import fast, fast_rows, tasks
 from embodied_rl.simulators.maniskill.environment import LazyObservation, ManiSkillEnvironment
+from embodied_rl.simulators.maniskill.physics import vary
 
 
 class SideBySide(BatchedEnvironment):
@@ -20,7 +22,15 @@ class SideBySide(BatchedEnvironment):
     Whether the numbers of a task are those of its single environments is for `agrees` to say.
     """
 
-    def __init__(self, task: str, num_envs: int, control_mode: str | None, reward: str, max_steps: int | None) -> None:
+    def __init__(
+        self,
+        task: str,
+        num_envs: int,
+        control_mode: str | None,
+        reward: str,
+        max_steps: int | None,
+        physics: Mapping[str, float] | None = None,
+    ) -> None:
         self.max_steps = tasks.check(task, reward, max_steps)
         self.num_envs = num_envs
         fast.install()
@@ -28,6 +38,7 @@ class SideBySide(BatchedEnvironment):
             self.env = single.make(
                 task, control_mode, "state", reward, 0, num_envs, sim_backend="physx_cpu", reconfiguration_freq=0
             )
+        vary(self.env, physics or {})
         self._steps = np.zeros(num_envs, np.int64)
         self._live = np.ones(num_envs, bool)
         info = self.env.get_info()
@@ -165,7 +176,9 @@ def _side_by_side(num_envs: int, kwargs: dict[str, Any]) -> SideBySide | None:
     rows = None
     try:
         if alone.env.reconfiguration_freq == 0:  # a task that builds a new scene at every reset cannot do so for a row
-            arguments: dict[str, Any] = {name: kwargs.get(name) for name in ("task", "control_mode", "max_steps")}
+            arguments: dict[str, Any] = {
+                name: kwargs.get(name) for name in ("task", "control_mode", "max_steps", "physics")
+            }
             rows = SideBySide(num_envs=num_envs, reward=kwargs.get("reward", "sparse"), **arguments)
             if agrees(rows, alone):
                 return rows
