@@ -49,7 +49,7 @@ def _run(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise unknown("command", argv[0], commands)
     settings: list[str] = []
-    if argv and argv[0] in ("train", "collect"):
+    if argv and argv[0] in ("train", "evaluate", "collect"):
         argv, settings = _split(argv, commands[argv[0]])
     arguments = parser.parse_args(argv)
     if "function" not in arguments:
@@ -84,7 +84,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument("--dry-run", action="store_true", help="show sizes, memory and amounts of the run, and exit")
     train.add_argument("--settings", action="store_true", help="show all settings with their values, and exit")
 
-    evaluate = command("evaluate", _evaluate, "Evaluate the trained policy of a run.")
+    evaluate = command("evaluate", _evaluate, "Evaluate the trained policy of a run.", **shown)
     evaluate.add_argument("run", type=Path, metavar="RUN_DIR")
     evaluate.add_argument("--episodes", type=_positive, help="default: as configured")
     evaluate.add_argument("--seed", type=int, default=0, help="0 (default): the run's own test episodes; else others")
@@ -224,7 +224,8 @@ def _evaluate(arguments: Any) -> None:
 
     episodes = arguments.episodes or configured.episodes
     deterministic = configured.deterministic and not arguments.stochastic
-    result = evaluate_run(arguments.run, episodes, arguments.seed, deterministic, arguments.without)
+    settings = arguments.settings_given
+    result = evaluate_run(arguments.run, episodes, arguments.seed, deterministic, arguments.without, settings)
     print(_sentence(result))
 
 

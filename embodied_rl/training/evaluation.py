@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from embodied_rl.config import load
+from embodied_rl.config import load, override
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
 from embodied_rl.specs import Connection, connect
@@ -99,11 +100,17 @@ class Ablated(Connection):
 
 
 def evaluate_run(
-    run_dir: Path, episodes: int, seed: int = 0, deterministic: bool = True, without: Ablation | None = None
+    run_dir: Path,
+    episodes: int,
+    seed: int = 0,
+    deterministic: bool = True,
+    without: Ablation | None = None,
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run on `episodes` test episodes; `seed` 0 gives those of the run itself.
-    `without` withholds something that the policy was trained with."""
-    config = load(run_dir / "config.json")
+    `without` withholds something that the policy was trained with; `settings`, as on the command line, replace those of
+    the run: another variant of the simulator, for example."""
+    config = override(load(run_dir / "config.json"), settings)
     newest = checkpoint.latest(run_dir / "checkpoints")
     if newest is None:
         raise UserError(f"{run_dir} holds no checkpoint to evaluate; train it first")

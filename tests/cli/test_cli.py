@@ -93,9 +93,9 @@ def test_resume_reads_the_configuration_of_the_run(calls, tmp_path: Path) -> Non
 def test_evaluate_collect(calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(to_dict(toy())))
     assert main(["evaluate", str(tmp_path), "--episodes", "9", "--seed", "4", "--stochastic"]) == 0
-    assert calls.pop() == (tmp_path, 9, 4, False, None)
-    assert main(["evaluate", str(tmp_path), "--without", "images"]) == 0
-    assert calls.pop() == (tmp_path, 100, 0, True, "images")
+    assert calls.pop() == (tmp_path, 9, 4, False, None, [])
+    assert main(["evaluate", str(tmp_path), "--without", "images", "--simulator.num-envs", "2"]) == 0
+    assert calls.pop() == (tmp_path, 100, 0, True, "images", ["--simulator.num-envs", "2"])
     assert main(["collect", "cli_toy", "--out", "demos.h5", "--episodes", "3", "--simulator.num-envs", "2"]) == 0
     config, path, episodes = calls.pop()
     assert (config.simulator.num_envs, path, episodes) == (2, Path("demos.h5"), 3)
