@@ -1,8 +1,9 @@
 """The contract of an algorithm: it owns its hyper-parameters, masks, granularity, losses and optimizers, receives a
 typed batch and improves the policy.
 
-Four families, one per workflow: `OnPolicyAlgorithm` learns from trajectory segments, `EpisodicAlgorithm` from groups of
-whole episodes, `OffPolicyAlgorithm` from a replay buffer, `ImitationAlgorithm` from demonstrations.
+Five families, one per workflow: `OnPolicyAlgorithm` learns from trajectory segments, `EpisodicAlgorithm` from groups of
+whole episodes, `OffPolicyAlgorithm` from a replay buffer, `OfflineAlgorithm` from recorded decisions and their rewards,
+`ImitationAlgorithm` from demonstrations.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embodied_rl.algorithms.off_policy import OffPolicyConfig, Replay
+from embodied_rl.algorithms.off_policy import OfflineConfig, OffPolicyConfig, Replay
 from embodied_rl.errors import UserError
 from embodied_rl.randomness import RowNoise
 from embodied_rl.types import ActionSample, Episode, EpisodeBatch, Trajectory
@@ -114,6 +115,20 @@ class OffPolicyAlgorithm(Algorithm):
     @abstractmethod
     def update(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         """One gradient update from a replay batch; returns detached scalar tensors (no host synchronisation)."""
+
+
+class OfflineAlgorithm(Algorithm):
+    config: OfflineConfig
+    updates: int
+    """Updates made."""
+
+    @abstractmethod
+    def draw(self, replay: Replay, rng: np.random.Generator) -> dict[str, Any]:
+        """The batch of the next `update`."""
+
+    @abstractmethod
+    def update(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """One gradient update; returns detached scalar tensors (no host synchronisation)."""
 
 
 class ImitationAlgorithm(Algorithm):

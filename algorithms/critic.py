@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embodied_rl.algorithms.batch_renorm import EnsembleBatchRenorm
+from embodied_rl.algorithms.batch_renorm import BatchRenorm
+from embodied_rl.specs import ActionSpec
 from embodied_rl.types import Observation
 
 Norm = Literal["none", "layer", "batch_renorm"]
@@ -56,14 +57,14 @@ class CriticEnsemble(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         sizes = [inputs, *hidden]
-        layers: list[nn.Module] = [EnsembleBatchRenorm(ensemble, inputs)] if norm == "batch_renorm" else []
+        layers: list[nn.Module] = [BatchRenorm(inputs, ensemble)] if norm == "batch_renorm" else []
         for size, width in itertools.pairwise(sizes):
             layers.append(EnsembleLinear(ensemble, size, width, generator))
             match norm:
                 case "layer":
                     layers += [EnsembleLayerNorm(ensemble, width), nn.ReLU()]
                 case "batch_renorm":
-                    layers += [nn.ReLU(), EnsembleBatchRenorm(ensemble, width)]
+                    layers += [nn.ReLU(), BatchRenorm(width, ensemble)]
                 case "none":
                     layers.append(nn.ReLU())
         self.layers = nn.Sequential(*layers, EnsembleLinear(ensemble, sizes[-1], 1, generator))
@@ -72,6 +73,24 @@ class CriticEnsemble(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,inputs] -> [E,B]."""
         return self.layers(x.expand(self.ensemble, *x.shape)).squeeze(-1)
+
+
+class ExecutedChunk:
+    """Chunks as critics see them: limited to the action space, scaled to [-1, 1] where it is bounded, 0 where an action
+    was never executed."""
+
+    def __init__(self, spec: ActionSpec, device: torch.device) -> None:
+        self.low, self.high = (torch.tensor(bound, device=device) for bound in (spec.low, spec.high))
+        bounded = self.low.isfinite() & self.high.isfinite() & (self.low < self.high)
+        self.center = torch.where(bounded, (self.low + self.high) / 2, 0.0)
+        self.scale = torch.where(bounded, 2 / (self.high - self.low), 1.0)
+
+    def __call__(self, actions: Tensor, valid: Tensor | None = None) -> Tensor:
+        """[B,K,A] in the simulator's units, executed where `valid` bool [B,K] (None = everywhere) -> [B,K*A]."""
+        executed = (actions.clamp(self.low, self.high) - self.center) * self.scale
+        if valid is not None:
+            executed = torch.where(valid.unsqueeze(-1), executed, 0.0)
+        return executed.flatten(1)
 
 
 @torch.no_grad()

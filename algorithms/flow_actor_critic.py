@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embodied_rl.algorithms.base import OffPolicyAlgorithm
 from embodied_rl.algorithms.cotraining import CoTraining
-from embodied_rl.algorithms.critic import CriticEnsemble, feature_size, polyak
-from embodied_rl.algorithms.imitation import mean_imitation_loss, take
+from embodied_rl.algorithms.critic import CriticEnsemble, ExecutedChunk, feature_size, polyak
+from embodied_rl.algorithms.imitation import mean_imitation_loss, take, to_horizon
 from embodied_rl.algorithms.off_policy import GammaPer, OffPolicyConfig, Replay, to_device, transitions
 from embodied_rl.algorithms.optimization import actor_parameters, adam, seed_policy_draws, step
 from embodied_rl.errors import UserError
@@ -92,13 +91,8 @@ class FlowActorCritic(OffPolicyAlgorithm):
         self.exploration = config.exploration_noise
         self.successes_kept = config.anchor_chunks
         self.policy = policy
-        spec = policy.action_spec
-        low, high = (torch.tensor(bound, device=policy.device) for bound in (spec.low, spec.high))
-        self._low, self._high = low, high
-        bounded = low.isfinite() & high.isfinite() & (low < high)
-        self._center = torch.where(bounded, (low + high) / 2, 0.0)
-        self._scale = torch.where(bounded, 2 / (high - low), 1.0)
-        size = feature_size(policy) + policy.chunk * spec.dim
+        self.executed = ExecutedChunk(policy.action_spec, policy.device)
+        size = feature_size(policy) + policy.chunk * policy.action_spec.dim
         self.critic = CriticEnsemble(size, config.critic_hidden, config.critics, seed).to(policy.device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_optimizer = adam(self.critic.parameters(), config.critic_learning_rate)
@@ -137,8 +131,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
         if anchor is None:
             return None
         data = to_device(anchor, self.policy.device)
-        missing = self.policy.horizon - data["actions"].shape[1]
-        actions, valid = F.pad(data["actions"], (0, 0, 0, missing)), F.pad(data["valid"], (0, missing))
+        actions, valid = to_horizon(data["actions"], data["valid"], self.policy.horizon)
         return {"inputs": data["inputs"], "actions": actions, "valid": valid}
 
     @torch.no_grad()
@@ -205,13 +198,8 @@ class FlowActorCritic(OffPolicyAlgorithm):
         return config.q_weight * min(1.0, done / max(config.q_warmup_updates, 1))
 
     def _critic_input(self, features: Tensor, actions: Tensor, valid: Tensor | None = None) -> Tensor:
-        """[B,F+K*A]: features and the executed actions, limited to the action space, scaled to [-1,1]; actions that
-        were never executed are 0."""
-        executed = actions[:, : self.policy.chunk]
-        executed = (executed.clamp(self._low, self._high) - self._center) * self._scale
-        if valid is not None:
-            executed = torch.where(valid.unsqueeze(-1), executed, 0.0)
-        return torch.cat([features, executed.flatten(1)], dim=1)
+        """[B,F+K*A]: features and the executed actions."""
+        return torch.cat([features, self.executed(actions[:, : self.policy.chunk], valid)], dim=1)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"critic": self.critic, "target": self.target}

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embodied_rl.algorithms.base import ImitationAlgorithm
 from embodied_rl.algorithms.optimization import actor_parameters, adam, seed_policy_draws, step
 from embodied_rl.errors import UserError
+
+Schedule = Literal["cosine", "constant"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class ImitationConfig:
     """Chunks per update."""
     steps: int = 1000
     """Updates in all; the length of the schedule."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """"cosine" lowers the learning rate to 0 over `steps`."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -57,10 +60,7 @@ class Imitation(ImitationAlgorithm):
 
     def learning_rate(self) -> float:
         """The learning rate of the next update."""
-        if self.config.schedule == "constant":
-            return self.config.learning_rate
-        progress = min(self.updates / self.config.steps, 1.0)
-        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return scheduled(self.config.learning_rate, self.config.schedule, self.updates / self.config.steps)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"policy": self.optimizer}
@@ -81,6 +81,18 @@ def take(data: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     }
 
 
+def scheduled(learning_rate: float, schedule: Schedule, progress: float) -> float:
+    """The learning rate after the share `progress` of all updates."""
+    return learning_rate if schedule == "constant" else learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+
+
+def to_horizon(actions: Tensor, valid: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+    """Chunks [B,K,A] and valid [B,K] as `imitation_loss` wants them, [B,H,A] and [B,H]: what is missing does not
+    count."""
+    missing = horizon - actions.shape[1]
+    return F.pad(actions, (0, 0, 0, missing)), F.pad(valid, (0, missing))
+
+
 def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """The rows of both."""
     return {
@@ -89,8 +101,10 @@ def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def mean_imitation_loss(policy: Any, batch: dict[str, Any]) -> Tensor:
-    """Mean of `policy.imitation_loss` over the rows that have a valid step; 0 when none has."""
+def mean_imitation_loss(policy: Any, batch: dict[str, Any], weight: Tensor | None = None) -> Tensor:
+    """Mean of `policy.imitation_loss`, times `weight` [B], over the rows that have a valid step; 0 when none has."""
     loss = policy.imitation_loss(batch["inputs"], batch["actions"], batch["valid"])
+    if weight is not None:
+        loss = weight * loss
     counted = batch["valid"].any(dim=1)
     return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Losses of policy-gradient algorithms, as pure functions of tensors.
+"""Losses, as pure functions of tensors.
 
 Elementwise functions return one number per ratio; `aggregate` makes a loss of them. Masked entries never get a
 gradient, whatever they hold.
@@ -137,3 +137,15 @@ def kl_estimate(log_prob: Tensor, ref_log_prob: Tensor, kind: Literal["k1", "abs
         return 0.5 * difference.square()
     difference = difference.clamp(-20, 20)
     return (torch.exp(-difference) - 1 + difference).clamp(max=10)
+
+
+def expectile_loss(error: Tensor, expectile: float) -> Tensor:
+    """Elementwise |expectile - 1(error < 0)| error^2 of error = target - prediction: least for the `expectile`, in
+    (0, 1), of the targets, which is their mean at 0.5 and nearly their maximum at 1 (arXiv 2110.06169, equation 5)."""
+    return (expectile - (error < 0).to(error.dtype)).abs() * error.square()
+
+
+def advantage_weight(advantages: Tensor, inverse_temperature: float, limit: float) -> Tensor:
+    """Elementwise min(exp(inverse_temperature * A), limit), without a gradient: how much to imitate an action (arXiv
+    1910.00177, equation 3)."""
+    return (inverse_temperature * advantages.detach()).exp().clamp(max=limit)

@@ -1,4 +1,5 @@
-"""What off-policy algorithms share: the settings of their loop, and what a batch of replayed decisions is worth."""
+"""What off-policy and offline algorithms share: the settings of their loops, and what a batch of replayed decisions is
+worth."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ GammaPer = Literal["decision", "step"]
 
 
 @dataclass(frozen=True)
-class OffPolicyConfig:
-    """Replay, and how much is learned from it."""
+class TransitionConfig:
+    """What a decision is worth."""
 
     batch_size: int = 256
     """Decisions per update."""
@@ -30,6 +31,24 @@ class OffPolicyConfig:
     """Weight of potential-based shaping: reward + discount * potential(next) - potential, with potential 0 after
     termination, so that the best policy stays the same (Ng, Harada and Russell, ICML 1999). Success is then the reward
     and the environment's dense reward the potential; with 0 the environment's reward is learned from as it is."""
+
+    def require(self, name: str) -> None:
+        """Raise `UserError`, saying that it is about algorithm `name`, for values that make no sense."""
+        if self.batch_size < 1:
+            raise UserError(f"{name}: batch_size must be at least 1, not {self.batch_size}")
+        if not 0 < self.gamma <= 1:
+            raise UserError(f"{name}: gamma must be above 0 and at most 1, not {self.gamma}")
+
+    def require_discount(self, name: str, chunk: int) -> None:
+        """Raise `UserError` when chunks of `chunk` actions leave open what gamma discounts."""
+        if self.gamma_per is None and chunk > 1:
+            raise UserError(f"{name}: a chunk has {chunk} actions: choose gamma_per, 'decision' or 'step'")
+
+
+@dataclass(frozen=True)
+class OffPolicyConfig(TransitionConfig):
+    """Replay, and how much is learned from it."""
+
     replay_capacity: int = 200_000
     """Decisions kept."""
     learning_starts: int = 1000
@@ -38,20 +57,26 @@ class OffPolicyConfig:
     """Updates per decision of one environment."""
 
     def require(self, name: str) -> None:
-        """Raise `UserError`, saying that it is about algorithm `name`, for values that make no sense."""
-        if self.batch_size < 1:
-            raise UserError(f"{name}: batch_size must be at least 1, not {self.batch_size}")
+        super().require(name)
         if self.replay_capacity < self.batch_size:
             raise UserError(f"{name}: replay_capacity {self.replay_capacity} is below batch_size {self.batch_size}")
-        if not 0 < self.gamma <= 1:
-            raise UserError(f"{name}: gamma must be above 0 and at most 1, not {self.gamma}")
         if self.updates_per_decision <= 0:
             raise UserError(f"{name}: updates_per_decision must be above 0, not {self.updates_per_decision}")
 
-    def require_discount(self, name: str, chunk: int) -> None:
-        """Raise `UserError` when chunks of `chunk` actions leave open what gamma discounts."""
-        if self.gamma_per is None and chunk > 1:
-            raise UserError(f"{name}: a chunk has {chunk} actions: choose gamma_per, 'decision' or 'step'")
+
+@dataclass(frozen=True)
+class OfflineConfig(TransitionConfig):
+    """Learning from recorded decisions alone."""
+
+    steps: int = 100_000
+    """Updates in all."""
+    updates_per_iteration: int = 1000
+
+    def require(self, name: str) -> None:
+        super().require(name)
+        for count in ("steps", "updates_per_iteration"):
+            if getattr(self, count) < 1:
+                raise UserError(f"{name}: {count} must be at least 1, not {getattr(self, count)}")
 
 
 class Replay(Protocol):
@@ -83,7 +108,7 @@ def n_step_return(reward: Tensor, valid: Tensor, gamma: float, gamma_per: GammaP
     return (before * earned).sum(1), discount.prod(1)
 
 
-def transitions(replay: dict[str, Any], config: OffPolicyConfig, device: torch.device) -> dict[str, Any]:
+def transitions(replay: dict[str, Any], config: TransitionConfig, device: torch.device) -> dict[str, Any]:
     """What critics learn from, on `device`: "inputs", "next_inputs", "actions" [B,L,A], "valid" [B,L] (of the first
     decision), "reward" [B] (scaled and shaped) and "discount" [B] (0 when terminated), from a sample of a `Replay`."""
     names = ("inputs", "next_inputs", "actions", "valid", "reward", "terminated", "potential", "next_potential")

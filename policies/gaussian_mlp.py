@@ -98,6 +98,10 @@ class GaussianMLP(Policy):
         log_prob = gaussian_log_prob(trace["x"], mean, std)
         return Score(log_prob.flatten(1), gaussian_entropy(std).flatten(1), term_step)
 
+    def trace(self, actions: Tensor) -> dict[str, Tensor]:
+        """What `evaluate_actions` scores `actions` [B,K,A] of any origin by."""
+        return {"x": self.action_scale.to_network(actions)}
+
     def value(self, inputs: Inputs) -> Tensor:
         return self.value_head(self.features(inputs))
 

@@ -3,9 +3,10 @@ turns into a chunk. The critics see u and the features."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from embodied_rl.types import ActionSample, Score
 
 LOG_STD = (-5.0, 2.0)
 """Range of the logarithm of the deviation before squashing."""
+INSIDE = 1 - 1e-6
+"""The largest u whose x is finite, as float32."""
 
 
 class SquashedGaussian(nn.Module):
@@ -31,6 +34,14 @@ class SquashedGaussian(nn.Module):
         self.body = mlp(inputs, hidden, "relu")
         self.mean = nn.Linear(hidden[-1], steps * width)
         self.log_std = nn.Linear(hidden[-1], steps * width)
+
+    def normalise(self, norm: Callable[[int], nn.Module]) -> None:
+        """Put `norm(width)` before the first layer and after every hidden one; it is in eval mode until told else."""
+        layers: list[nn.Module] = [norm(self.body[0].in_features)]
+        for linear, activation in itertools.batched(self.body, 2):
+            layers += [linear, activation, norm(linear.out_features)]
+        self.body = nn.Sequential(*layers).to(self.mean.weight.device)
+        self.eval()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, std) of x, each [B,L,Z]."""
@@ -89,7 +100,7 @@ class SquashedPolicy(Policy):
     def explore(self, inputs: Inputs, noise: RowNoise) -> ActionSample:
         """A sample that knows nothing: u uniform over its range."""
         latent = 2 * self._drawn(noise.uniform(*self.latent_shape)) - 1
-        return self._sample(inputs, latent.clamp(-1 + 1e-6, 1 - 1e-6).atanh())
+        return self._sample(inputs, latent.clamp(-INSIDE, INSIDE).atanh())
 
     def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
         """The entropy is that of x, before it is squashed."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies.base import Inputs
 from embodied_rl.policies.mlp import ActionScale, StateNormaliser, prepare_state, state_spec
-from embodied_rl.policies.squashed import SquashedGaussian, SquashedPolicy
+from embodied_rl.policies.squashed import INSIDE, SquashedGaussian, SquashedPolicy
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, pick_state
 from embodied_rl.types import Array, Observation
 
@@ -101,6 +101,11 @@ class SquashedGaussianMLP(SquashedPolicy):
 
     def to_latent(self, recorded: Tensor) -> Tensor:
         return self.action_scale.to_network(recorded).clamp(-1, 1)
+
+    def trace(self, actions: Tensor) -> dict[str, Tensor]:
+        """What `evaluate_actions` scores `actions` [B,K,A] of any origin by; those at a bound, which no x gives, count
+        as just inside."""
+        return {"x": self.to_latent(actions).clamp(-INSIDE, INSIDE).atanh()}
 
     def imitation_loss(self, inputs: Inputs, actions: Tensor, valid: Tensor) -> Tensor:
         """[B], the mean squared error of the squashed mean in [-1, 1] units; the deviation is not trained."""

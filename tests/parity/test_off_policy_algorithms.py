@@ -1,4 +1,4 @@
-"""Soft actor-critic, CrossQ and RLPD, number by number against the libraries named in the cases' README."""
+"""Soft actor-critic, CrossQ, RLPD and IQL, number by number against the libraries named in the cases' README."""
 
 from typing import Any
 
@@ -6,12 +6,16 @@ import pytest
 import torch
 from cases import arrays, load
 
-from embodied_rl.algorithms.batch_renorm import EnsembleBatchRenorm
+from embodied_rl.algorithms.batch_renorm import BatchRenorm
 from embodied_rl.algorithms.critic import CriticEnsemble, polyak
-from embodied_rl.algorithms.off_policy import interleave
+from embodied_rl.algorithms.iql import IQLConfig
+from embodied_rl.algorithms.losses import advantage_weight
+from embodied_rl.algorithms.off_policy import interleave, n_step_return
 from embodied_rl.algorithms.sac import SAC, SACConfig, Temperature
+from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
 from embodied_rl.policies.squashed_gaussian import SquashedGaussianMLPConfig
 from embodied_rl.specs import ActionSpec, ObservationSpec
+from embodied_rl.types import Score
 
 Case = dict[str, Any]
 
@@ -122,8 +126,8 @@ def sbx_critic(d: Case) -> tuple[CriticEnsemble, list[str]]:
     return critic, names
 
 
-def renorms(critic: CriticEnsemble) -> list[EnsembleBatchRenorm]:
-    return [layer for layer in critic.layers if isinstance(layer, EnsembleBatchRenorm)]
+def renorms(critic: CriticEnsemble) -> list[BatchRenorm]:
+    return [layer for layer in critic.layers if isinstance(layer, BatchRenorm)]
 
 
 @pytest.mark.parametrize("file", arrays("crossq_sbx_*"))
@@ -203,3 +207,38 @@ def test_symmetric_batch_of_rlpd(file):
     both = [{"obs": d[f"{whose}_obs"], "rew": d[f"{whose}_rew"]} for whose in ("offline", "online")]
     combined = interleave(*both)
     assert torch.equal(combined["obs"], d["combined_obs"]) and torch.equal(combined["rew"], d["combined_rew"])
+
+
+@pytest.mark.parametrize("file", arrays("iql_corl_*"))
+def test_iql_of_corl(file, monkeypatch):
+    """The networks and the density give a case's numbers; everything else is ours."""
+    d = load(file)
+    v, q1, log_prob = (d[name].requires_grad_() for name in ("v", "q1", "logprob"))
+    settings = {"expectile": d["tau"], "inverse_temperature": d["beta"], "max_weight": d["exp_adv_max"]}
+    policy = GaussianMLPConfig(hidden=(8,), value_hidden=(8,)).build(
+        ObservationSpec(state=1), ActionSpec((-1.0,), (1.0,), (0.0,))
+    )
+    algorithm = IQLConfig(gamma=d["discount"], **settings).build(policy, 0)
+    values = {"now": v, "then": d["next_v"]}
+    monkeypatch.setattr(policy, "features", lambda inputs: torch.full((len(v), 1), float(inputs["at"] == "then")))
+    monkeypatch.setattr(algorithm, "value", lambda x: values["then" if x[0, 0] else "now"][None])
+    monkeypatch.setattr(algorithm, "critic", lambda _: torch.stack([q1, d["q2"]]))
+    monkeypatch.setattr(algorithm, "target", lambda _: d["target_q"][None])
+    monkeypatch.setattr(
+        policy, "evaluate_actions", lambda *_: Score(log_prob[:, None], log_prob, torch.zeros(1).long())
+    )
+    valid = torch.ones(len(v), 1, dtype=torch.bool)
+    reward, discount = n_step_return(d["rewards"].view(-1, 1, 1), valid[..., None], d["discount"], "decision")
+    batch = {"inputs": {"at": "now"}, "next_inputs": {"at": "then"}, "actions": torch.zeros(len(v), 1, 1)}
+    batch |= {"valid": valid, "reward": reward, "discount": discount * (1 - d["dones"])}
+    losses, advantages, _ = algorithm.critic_losses(batch)
+    close(losses["value_loss"], d["v_loss"])
+    close(losses["critic_loss"], d["q_loss"])
+    close(reward + batch["discount"] * d["next_v"], d["q_target"])
+    for loss, of, name in (("value_loss", v, "grad_v"), ("critic_loss", q1, "grad_q1")):
+        close(torch.autograd.grad(losses[loss], of)[0], d[name])
+    weight = advantage_weight(advantages, d["beta"], d["exp_adv_max"])
+    close(weight, d["exp_adv"])
+    loss = algorithm.actor_loss(batch, weight)
+    close(loss, d["policy_loss"])
+    close(torch.autograd.grad(loss, log_prob)[0], d["grad_logprob"])
