@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import arrays, load
 
-from embodied_rl.algorithms.batch_renorm import BatchRenorm
+from embodied_rl.algorithms.batch_renorm import EnsembleBatchRenorm
 from embodied_rl.algorithms.critic import CriticEnsemble, polyak
 from embodied_rl.algorithms.iql import IQLConfig
 from embodied_rl.algorithms.losses import advantage_weight
@@ -126,8 +126,8 @@ def sbx_critic(d: Case) -> tuple[CriticEnsemble, list[str]]:
     return critic, names
 
 
-def renorms(critic: CriticEnsemble) -> list[BatchRenorm]:
-    return [layer for layer in critic.layers if isinstance(layer, BatchRenorm)]
+def renorms(critic: CriticEnsemble) -> list[EnsembleBatchRenorm]:
+    return [layer for layer in critic.layers if isinstance(layer, EnsembleBatchRenorm)]
 
 
 @pytest.mark.parametrize("file", arrays("crossq_sbx_*"))
