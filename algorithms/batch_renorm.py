@@ -1,6 +1,9 @@
-"""Batch renormalisation for ensembles of critics."""
+"""Batch renormalisation for actors and ensembles of critics."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -9,34 +12,36 @@ MOMENTUM, EPS, R_MAX, D_MAX, WARMUP = 0.99, 1e-3, 3.0, 5.0, 100_000
 """CrossQ's constants (arXiv 1902.05605), as sbx has them."""
 
 
-class EnsembleBatchRenorm(nn.Module):
-    """Batch renormalisation (arXiv 1702.03275) with statistics, scale and shift per member.
+class BatchRenorm(nn.Module):
+    """Batch renormalisation (arXiv 1702.03275); in an ensemble, with statistics, scale and shift per member.
 
-    In train mode, for the first `warmup` batches, plain batch normalisation; after that the batch's mean m and variance
-    v are corrected towards the running ones, M and V, by what no gradient sees:
+    Inside `batch_statistics`, for the first `warmup` batches, plain batch normalisation; after that the batch's mean m
+    and variance v are corrected towards the running ones, M and V, by what no gradient sees:
 
         r = sqrt((v + eps) / (V + eps)) in [1/3, 3],  d = (m - M) / sqrt(V + eps) in [-5, 5]
         y = (x - (m - d sqrt(v) / r)) / sqrt(v / r^2 + eps)
 
-    In eval mode (x - M) / sqrt(V + eps).
+    Elsewhere (x - M) / sqrt(V + eps), in train and eval mode alike: a policy scores the same in both.
     """
 
     mean: Tensor
     variance: Tensor
     steps: Tensor
 
-    def __init__(self, ensemble: int, size: int, warmup: int = WARMUP) -> None:
+    def __init__(self, size: int, ensemble: int | None = None, warmup: int = WARMUP) -> None:
         super().__init__()
+        shape = (1, size) if ensemble is None else (ensemble, 1, size)
         self.warmup = warmup
-        self.scale = nn.Parameter(torch.ones(ensemble, 1, size))
-        self.shift = nn.Parameter(torch.zeros(ensemble, 1, size))
-        self.register_buffer("mean", torch.zeros(ensemble, 1, size))
-        self.register_buffer("variance", torch.ones(ensemble, 1, size))
+        self.learning = False
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.shift = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("variance", torch.ones(shape))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[E,B,size] -> [E,B,size]."""
-        if self.training:
+        """[B,size] or [E,B,size]; the same shape."""
+        if self.learning:
             mean, variance = self._corrected(x)
         else:
             mean, variance = self.mean, self.variance
@@ -44,7 +49,7 @@ class EnsembleBatchRenorm(nn.Module):
 
     def _corrected(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and variance to normalise with; moves the running statistics."""
-        variance, mean = torch.var_mean(x, 1, keepdim=True, correction=0)
+        variance, mean = torch.var_mean(x, -2, keepdim=True, correction=0)
         with torch.no_grad():
             deviation = (self.variance + EPS).sqrt()
             renormalised = self.steps >= self.warmup  # a tensor: nothing waits for the device
@@ -54,3 +59,16 @@ class EnsembleBatchRenorm(nn.Module):
             self.variance.lerp_(variance, 1 - MOMENTUM)
             self.steps += 1
         return mean - d * variance.sqrt() / r, variance / r.square()
+
+
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """What `network` computes here is normalised by the statistics of its batch, which the running ones follow."""
+    layers = [layer for layer in network.modules() if isinstance(layer, BatchRenorm)]
+    for layer in layers:
+        layer.learning = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.learning = False

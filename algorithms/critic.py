@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embodied_rl.algorithms.batch_renorm import EnsembleBatchRenorm
+from embodied_rl.algorithms.batch_renorm import BatchRenorm
 from embodied_rl.specs import ActionSpec
 from embodied_rl.types import Observation
 
@@ -57,14 +57,14 @@ class CriticEnsemble(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         sizes = [inputs, *hidden]
-        layers: list[nn.Module] = [EnsembleBatchRenorm(ensemble, inputs)] if norm == "batch_renorm" else []
+        layers: list[nn.Module] = [BatchRenorm(inputs, ensemble)] if norm == "batch_renorm" else []
         for size, width in itertools.pairwise(sizes):
             layers.append(EnsembleLinear(ensemble, size, width, generator))
             match norm:
                 case "layer":
                     layers += [EnsembleLayerNorm(ensemble, width), nn.ReLU()]
                 case "batch_renorm":
-                    layers += [nn.ReLU(), EnsembleBatchRenorm(ensemble, width)]
+                    layers += [nn.ReLU(), BatchRenorm(width, ensemble)]
                 case "none":
                     layers.append(nn.ReLU())
         self.layers = nn.Sequential(*layers, EnsembleLinear(ensemble, sizes[-1], 1, generator))

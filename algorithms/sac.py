@@ -3,7 +3,8 @@ CrossQ (arXiv 1902.05605), RLPD (arXiv 2302.02948) and DSRL (arXiv 2506.15799).
 
     RLPD    SACConfig(critics=10, target_critics=2, critic_norm="layer", actor_q="mean", symmetric=True,
                       updates_per_decision=20, actor_every=20, entropy_backup=False)
-    CrossQ  SACConfig(critic_norm="batch_renorm", tau=None, critic_hidden=(2048, 2048), actor_every=3, adam_beta1=0.5)
+    CrossQ  SACConfig(critic_norm="batch_renorm", actor_norm="batch_renorm", tau=None, critic_hidden=(2048, 2048),
+                      actor_every=3, adam_beta1=0.5)
     DSRL    SACConfig(steer="chunk", actor_q="mean") on a flow policy that stays as it is
 
 Works with every policy that has `propose` (`policies/squashed.py` names what that takes), for DSRL with every flow.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from embodied_rl.algorithms.augmentation import random_shift
 from embodied_rl.algorithms.base import OffPolicyAlgorithm
+from embodied_rl.algorithms.batch_renorm import BatchRenorm, batch_statistics
 from embodied_rl.algorithms.cotraining import CoTraining
 from embodied_rl.algorithms.critic import CriticEnsemble, Norm, feature_size, polyak
 from embodied_rl.algorithms.off_policy import OffPolicyConfig, Replay, interleave, transitions
@@ -47,6 +49,8 @@ class SACConfig(OffPolicyConfig):
     critic_hidden: tuple[int, ...] = (256, 256)
     critic_norm: Norm = "none"
     """"layer" as in RLPD, "batch_renorm" as in CrossQ."""
+    actor_norm: Literal["none", "batch_renorm"] = "none"
+    """"batch_renorm" before the actor's first layer and after its others, as in CrossQ."""
     tau: float | None = 0.005
     """Share of the critics that their targets take over at every update; None = no target networks: one joint pass over
     both observations, as CrossQ's batch renormalisation needs it."""
@@ -138,6 +142,8 @@ class SAC(OffPolicyAlgorithm):
         self.target = None if config.tau is None else copy.deepcopy(self.critic).requires_grad_(False)
         self.temperature = Temperature(config.initial_temperature).to(policy.device)
         self.target_entropy = -float(steps * width) if config.target_entropy is None else config.target_entropy
+        if config.actor_norm == "batch_renorm":
+            policy.actor.normalise(BatchRenorm)
         groups = policy.parameter_groups()
         self.actor_optimizer = adam(groups["policy"], config.learning_rate)
         encoded = [*self.critic.parameters(), *groups.get("encoder", [])]
@@ -209,9 +215,8 @@ class SAC(OffPolicyAlgorithm):
             latent = self.policy.to_latent(batch["actions"])
         done = self._critic_input(features, torch.where(batch["valid"].unsqueeze(-1), latent, 0.0))
         if self.target is None:
-            self.critic.train()
-            q, next_q = self.critic(torch.cat([done, following])).chunk(2, dim=1)
-            self.critic.eval()
+            with batch_statistics(self.critic):
+                q, next_q = self.critic(torch.cat([done, following])).chunk(2, dim=1)
         else:
             q, next_q = self.critic(done), self.target(following)
         return q, self.target_value(batch["reward"], batch["discount"], next_q.detach(), next_log_prob, alpha)
@@ -229,7 +234,8 @@ class SAC(OffPolicyAlgorithm):
         return reward + discount * value
 
     def _update_actor(self, features: Tensor, alpha: Tensor) -> dict[str, Tensor]:
-        latent, log_prob = self.policy.propose(features)
+        with batch_statistics(self.policy.actor):
+            latent, log_prob = self.policy.propose(features)
         loss = self.actor_loss(self.critic(self._critic_input(features, latent)), log_prob, alpha)
         metrics = {"entropy": -log_prob.detach().mean()}
         if self.cotraining is not None:

@@ -36,12 +36,11 @@ class SquashedGaussian(nn.Module):
         self.log_std = nn.Linear(hidden[-1], steps * width)
 
     def normalise(self, norm: Callable[[int], nn.Module]) -> None:
-        """Put `norm(width)` before the first layer and after every hidden one; it is in eval mode until told else."""
+        """Put `norm(width)` before the first layer and after every hidden one."""
         layers: list[nn.Module] = [norm(self.body[0].in_features)]
         for linear, activation in itertools.batched(self.body, 2):
             layers += [linear, activation, norm(linear.out_features)]
         self.body = nn.Sequential(*layers).to(self.mean.weight.device)
-        self.eval()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, std) of x, each [B,L,Z]."""

@@ -71,6 +71,7 @@ def pendulum_crossq() -> RunConfig:
         start.algorithm,
         tau=None,
         critic_norm="batch_renorm",
+        actor_norm="batch_renorm",
         critic_hidden=(512, 512),
         adam_beta1=0.5,
         actor_every=3,

@@ -14,6 +14,7 @@ from embodied_rl.algorithms.augmentation import random_shift
 from embodied_rl.algorithms.off_policy import n_step_return
 from embodied_rl.algorithms.sac import SAC, SACConfig
 from embodied_rl.errors import UserError
+from embodied_rl.policies import check
 from embodied_rl.policies.flow_mlp import FlowMLPConfig
 from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
 from embodied_rl.policies.squashed_gaussian import SquashedGaussianCNNConfig, SquashedGaussianMLPConfig
@@ -23,7 +24,12 @@ from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
 B, S, K, A = 16, 3, 2, 2
 ACTION = ActionSpec((-1.0, 0.0), (1.0, 4.0), (0.0, 0.0))
 RLPD: dict[str, Any] = {"critics": 5, "target_critics": 2, "critic_norm": "layer", "actor_q": "mean", "actor_every": 2}
-CROSSQ: dict[str, Any] = {"critic_norm": "batch_renorm", "tau": None, "adam_beta1": 0.5}
+CROSSQ: dict[str, Any] = {
+    "critic_norm": "batch_renorm",
+    "actor_norm": "batch_renorm",
+    "tau": None,
+    "adam_beta1": 0.5,
+}
 DSRL: dict[str, Any] = {"steer": "chunk"}
 PIXELS: dict[str, Any] = {"random_shift": 2}
 KINDS = {"sac": {}, "rlpd": RLPD, "crossq": CROSSQ, "dsrl": DSRL, "pixels": PIXELS}
@@ -247,6 +253,26 @@ def test_the_temperature_follows_the_entropy():
     assert fixed.temperature().item() == 1.0
 
 
+def test_a_normalised_actor_learns_from_the_statistics_of_the_batch_and_acts_by_the_running_ones():
+    algorithm = toy("crossq")
+    body, generator = algorithm.policy.actor.body, torch.Generator().manual_seed(0)
+    shapes = [tuple(layer.mean.shape) for layer in body if hasattr(layer, "warmup")]
+    assert shapes == [(1, S), (1, 8), (1, 8)]
+    batch = algorithm.draw(ToyReplay(), None, np.random.default_rng(0))
+    state = batch["inputs"]["state"]
+    algorithm.update(batch, generator)
+    torch.testing.assert_close(body[0].mean[0], 0.01 * state.mean(0))
+    torch.testing.assert_close(body[0].variance[0], 0.99 + 0.01 * state.var(0, correction=0))
+    before = copy.deepcopy(body.state_dict())
+    inputs = {"state": torch.randn(6, S)}
+    whole, part = (
+        algorithm.policy.act(each, deterministic=True).actions for each in (inputs, {"state": inputs["state"][:2]})
+    )
+    torch.testing.assert_close(whole[:2], part)
+    assert all(torch.equal(value, before[name]) for name, value in body.state_dict().items())
+    check(algorithm.policy)
+
+
 @settings(max_examples=20, deadline=None)
 @given(half=st.integers(1, 8), seed=st.integers(0, 50), n_step=st.integers(1, 3))
 def test_half_of_a_symmetric_batch_is_demonstrations(half, seed, n_step):
@@ -278,7 +304,7 @@ def test_it_approaches_the_best_action(kind):
     rates = {"learning_rate": 1e-3, "critic_learning_rate": 3e-3, "temperature_learning_rate": 1e-2}
     algorithm = toy(kind, **rates, critic_hidden=(64, 64), batch_size=64, initial_temperature=0.1)
     best, rng = torch.tensor([0.5, 1.0]), np.random.default_rng(0)
-    for update in range(120):
+    for update in range(200):
         batch = algorithm.draw(ToyReplay(), None, rng)
         batch["valid"][:] = True
         reward = -(batch["actions"] - best).square().sum((1, 2))

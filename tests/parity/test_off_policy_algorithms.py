@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import arrays, load
 
-from embodied_rl.algorithms.batch_renorm import EnsembleBatchRenorm
+from embodied_rl.algorithms.batch_renorm import BatchRenorm, batch_statistics
 from embodied_rl.algorithms.critic import CriticEnsemble, polyak
 from embodied_rl.algorithms.iql import IQLConfig
 from embodied_rl.algorithms.losses import advantage_weight
@@ -126,8 +126,8 @@ def sbx_critic(d: Case) -> tuple[CriticEnsemble, list[str]]:
     return critic, names
 
 
-def renorms(critic: CriticEnsemble) -> list[EnsembleBatchRenorm]:
-    return [layer for layer in critic.layers if isinstance(layer, EnsembleBatchRenorm)]
+def renorms(critic: CriticEnsemble) -> list[BatchRenorm]:
+    return [layer for layer in critic.layers if isinstance(layer, BatchRenorm)]
 
 
 @pytest.mark.parametrize("file", arrays("crossq_sbx_*"))
@@ -135,10 +135,9 @@ def test_crossq_of_sbx(file):
     d = load(file)
     critic, names = sbx_critic(d)
     done, following = (torch.cat([d[f"{when}obs"], d[f"{when}actions"]], 1) for when in ("", "next_"))
-    critic.eval()
     close(critic(done).detach(), d["q_eval"], rtol=1e-3)
-    critic.train()
-    q, next_q = critic(torch.cat([done, following])).chunk(2, dim=1)
+    with batch_statistics(critic):
+        q, next_q = critic(torch.cat([done, following])).chunk(2, dim=1)
     close(q.detach(), d["q_current"], rtol=1e-3)
     close(next_q.detach(), d["q_next"], rtol=1e-3)
     for i, norm in enumerate(renorms(critic)):
