@@ -1,5 +1,5 @@
-"""Sim-real co-training (RL-Co): a policy that learns from rewards in a simulator goes on imitating a second dataset,
-say of the robot it is meant for.
+"""Sim-real co-training (arXiv 2602.12628): a policy that learns from rewards in a simulator goes on imitating a second
+dataset, say of the robot it is meant for.
 
     loss of the actor = loss of the algorithm + beta * imitation loss on a batch of the second dataset
 

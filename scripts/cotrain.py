@@ -1,0 +1,150 @@
+"""Sim-real co-training in two stages, between two variants of one task's physics, one of which plays the real robot.
+
+    uv run python scripts/cotrain.py --seeds 0 1 --results benchmarks/results/cotraining.json
+
+PickCube-v1 as its authors made it is the simulator; the "robot" is softer and therefore slower, its cube heavier, its
+friction half. There are many demonstrations of the simulator, few of the robot, and rewards in the simulator only.
+Compared on the same 100 episodes of the robot, which nothing else uses:
+
+    real only       cloning the robot's demonstrations
+    mixed           stage 1: cloning both, half of every batch each
+    RL in sim       stage 1, then reinforcement learning in the simulator (beta 0)
+    RL co-training  stage 1, then the same plus beta x imitation of the robot's demonstrations
+
+The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from embodied_rl.config import CoTrainingConfig, DemonstrationsConfig, RunConfig
+from embodied_rl.recipes.quickstart import quickstart
+from embodied_rl.simulators.maniskill.physics import Physics
+from embodied_rl.training.demonstrations import collect
+from embodied_rl.training.evaluation import evaluate_run, wilson
+from embodied_rl.training.run import train
+
+REAL = Physics(friction=0.5, mass=8.0, stiffness=0.7)
+ARMS = ("real only", "mixed", "RL in sim", "RL co-training")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--simulated", type=int, default=64, help="demonstrations of the simulator")
+    parser.add_argument("--real", type=int, default=8, help="demonstrations of the robot")
+    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--env-steps", type=int, default=60_000, help="of reinforcement learning")
+    parser.add_argument("--episodes", type=int, default=100, help="of every evaluation")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a quick check that all of it runs: the numbers mean nothing"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: a temporary one)")
+    parser.add_argument("--results", type=Path, help="write the summary to this file as well")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        small = {"seeds": [0], "simulated": 4, "real": 2, "env_steps": 9_000, "episodes": 4}
+        arguments = argparse.Namespace(**(vars(arguments) | small))
+    folder, began = arguments.out or Path(tempfile.mkdtemp(prefix="cotrain-")), time.monotonic()
+    runs = [run(arguments, seed, folder / f"seed{seed}") for seed in arguments.seeds]
+    summary = {
+        "command": shlex.join(["uv", "run", "python", "scripts/cotrain.py", *sys.argv[1:]]),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
+        "physics_of_the_robot": vars(REAL),
+        "settings": {name: getattr(arguments, name) for name in ("simulated", "real", "beta", "env_steps", "episodes")},
+        "seconds": round(time.monotonic() - began),
+        "runs": runs,
+        "all": {
+            arm: score(sum(each[arm]["successes"] for each in runs), arguments.episodes * len(runs)) for arm in ARMS
+        },
+    }
+    print(
+        f"\n{'success with the robot':24}" + "".join(f"{f'seed {each["seed"]}':>22}" for each in runs) + f"{'all':>22}"
+    )
+    for arm in ARMS:
+        print(f"{arm:24}" + "".join(f"{cell(each[arm]):>22}" for each in [*runs, summary["all"]]))
+    if arguments.results:
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        arguments.results.write_text(json.dumps(summary, indent=2) + "\n")
+    print(
+        json.dumps({"cotraining": {arm: each["success"] for arm, each in summary["all"].items()}, "seeds": len(runs)})
+    )
+
+
+def run(arguments: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
+    """All four of one seed: {"seed", arm: score}."""
+    sim = recipe(arguments, seed)
+    if arguments.smoke:
+        sim = replace(sim, imitation=replace(sim.imitation, steps=100))
+    robot = replace(sim, simulator=replace(sim.simulator, physics=REAL))
+    files = {"simulated": out / "simulated.h5", "real": out / "real.h5"}
+    out.mkdir(parents=True, exist_ok=True)
+    collect(sim, files["simulated"], arguments.simulated)
+    collect(robot, files["real"], arguments.real)
+    few = DemonstrationsConfig(arguments.real, path=str(files["real"]))
+    many = DemonstrationsConfig(arguments.simulated, path=str(files["simulated"]))
+    second = CoTrainingConfig(str(files["real"]), beta=arguments.beta)
+
+    def clone(name: str, **more: Any) -> dict[str, Any]:
+        """Cloning needs no simulator, so the robot is where the run evaluates."""
+        result = train(replace(robot, algorithm=None, **more), out / name)
+        return score(result["evaluations"][-1]["successes"], arguments.episodes)
+
+    def reinforce(name: str, beta: float) -> dict[str, Any]:
+        result = train(replace(sim, demonstrations=many, cotraining=replace(second, beta=beta)), out / name)
+        settings = [f"--simulator.physics.{factor}={value}" for factor, value in vars(REAL).items()]
+        found = evaluate_run(out / name, arguments.episodes, settings=settings)
+        return score(found["successes"], arguments.episodes) | {"success_in_sim": result["final_success"]}
+
+    scores = {
+        "real only": clone("real_only", demonstrations=few),
+        "mixed": clone("mixed", demonstrations=many, cotraining=second),
+        "RL in sim": reinforce("rl_in_sim", 0.0),
+        "RL co-training": reinforce("rl_cotraining", arguments.beta),
+    }
+    for arm, each in scores.items():
+        print(f"seed {seed}, {arm}: {cell(each)}", flush=True)
+    return {"seed": seed} | scores
+
+
+def recipe(arguments: argparse.Namespace, seed: int) -> RunConfig:
+    """The quickstart with a fixed budget: no run ends early, none looks at development episodes."""
+    start = quickstart()
+    training = replace(
+        start.training,
+        env_steps=arguments.env_steps,
+        evaluate_every=0,
+        checkpoint_every=1000,
+        stop_at_success=None,
+        converged_clone_steps=0,
+    )
+    evaluation, logging = (
+        replace(start.evaluation, episodes=arguments.episodes),
+        replace(start.logging, tensorboard=False),
+    )
+    return replace(start, training=training, evaluation=evaluation, logging=logging, seed=seed)
+
+
+def score(successes: int, episodes: int) -> dict[str, Any]:
+    """A success rate with its 95 % Wilson interval."""
+    low, high = wilson(successes, episodes)
+    return {"successes": successes, "episodes": episodes, "success": successes / episodes, "low": low, "high": high}
+
+
+def cell(found: dict[str, Any]) -> str:
+    return f"{found['success']:.0%} ({found['low']:.0%} to {found['high']:.0%})"
+
+
+if __name__ == "__main__":
+    main()
