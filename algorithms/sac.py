@@ -50,7 +50,7 @@ class SACConfig(OffPolicyConfig):
     critic_norm: Norm = "none"
     """"layer" as in RLPD, "batch_renorm" as in CrossQ."""
     actor_norm: Literal["none", "batch_renorm"] = "none"
-    """"batch_renorm" before the actor's first layer and after its others, as in CrossQ."""
+    """"batch_renorm" before every linear layer of the actor, as in CrossQ."""
     tau: float | None = 0.005
     """Share of the critics that their targets take over at every update; None = no target networks: one joint pass over
     both observations, as CrossQ's batch renormalisation needs it."""

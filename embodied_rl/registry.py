@@ -134,6 +134,7 @@ recipes = Registry(
     "embodied_rl.recipes",
     {
         "cartpole_ppo": "embodied_rl.recipes.learning:cartpole_ppo",
+        "fetch_reach_rlpd": "embodied_rl.recipes.learning:fetch_reach_rlpd",
         "fetch_reach_sac": "embodied_rl.recipes.learning:fetch_reach_sac",
         "half_cheetah_ppo": "embodied_rl.recipes.learning:half_cheetah_ppo",
         "isaaclab_ppo_gr00t": "embodied_rl.recipes.flow_vla:isaaclab_ppo_gr00t",

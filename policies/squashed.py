@@ -3,7 +3,6 @@ turns into a chunk. The critics see u and the features."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -36,11 +35,11 @@ class SquashedGaussian(nn.Module):
         self.log_std = nn.Linear(hidden[-1], steps * width)
 
     def normalise(self, norm: Callable[[int], nn.Module]) -> None:
-        """Put `norm(width)` before the first layer and after every hidden one."""
-        layers: list[nn.Module] = [norm(self.body[0].in_features)]
-        for linear, activation in itertools.batched(self.body, 2):
-            layers += [linear, activation, norm(linear.out_features)]
-        self.body = nn.Sequential(*layers).to(self.mean.weight.device)
+        """Put `norm(width)` before every linear layer."""
+        layers: list[nn.Module] = []
+        for layer in self.body:
+            layers += [norm(layer.in_features), layer] if isinstance(layer, nn.Linear) else [layer]
+        self.body = nn.Sequential(*layers, norm(self.mean.in_features)).to(self.mean.weight.device)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, std) of x, each [B,L,Z]."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from embodied_rl.algorithms.ppo import PPOConfig
 from embodied_rl.algorithms.sac import SACConfig
-from embodied_rl.config import EvaluationConfig, RunConfig, TrainingConfig
+from embodied_rl.config import DemonstrationsConfig, EvaluationConfig, RunConfig, TrainingConfig
 from embodied_rl.policies.categorical_mlp import CategoricalMLPConfig
 from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
 from embodied_rl.policies.squashed_gaussian import SquashedGaussianMLPConfig
@@ -28,7 +27,7 @@ def cartpole_ppo() -> RunConfig:
     )
     return RunConfig(
         recipe="cartpole_ppo",
-        simulator=GymnasiumConfig("CartPole-v1", num_envs=8, workers=1),
+        simulator=GymnasiumConfig("CartPole-v1", num_envs=8, workers=None),
         policy=CategoricalMLPConfig(),
         algorithm=algorithm,
         training=_training(100_000, 32, every=39),
@@ -50,7 +49,7 @@ def half_cheetah_ppo() -> RunConfig:
     )
     return RunConfig(
         recipe="half_cheetah_ppo",
-        simulator=GymnasiumConfig("HalfCheetah-v5", num_envs=8, workers=1),
+        simulator=GymnasiumConfig("HalfCheetah-v5", num_envs=8, workers=None),
         policy=GaussianMLPConfig(hidden=(64, 64), value_hidden=(64, 64), initial_log_std=0.0),
         algorithm=algorithm,
         training=_training(400_000, 256, every=20),
@@ -66,9 +65,10 @@ def pendulum_sac() -> RunConfig:
 
 def pendulum_crossq() -> RunConfig:
     """Pendulum-v1, CrossQ (arXiv 1902.05605)."""
-    start = pendulum_sac()
-    algorithm = replace(
-        start.algorithm,
+    algorithm = SACConfig(
+        learning_rate=1e-3,
+        critic_learning_rate=1e-3,
+        temperature_learning_rate=1e-3,
         tau=None,
         critic_norm="batch_renorm",
         actor_norm="batch_renorm",
@@ -92,11 +92,35 @@ def fetch_reach_sac() -> RunConfig:
     return _off_policy("fetch_reach_sac", "FetchReachDense-v4", algorithm, env_steps=6000, episode=50)
 
 
+def fetch_reach_rlpd() -> RunConfig:
+    """FetchReach-v4, whose reward tells only whether the hand is at the goal, by RLPD (arXiv 2302.02948): half of every
+    batch is from 20 scripted demonstrations."""
+    algorithm = SACConfig(
+        gamma=0.95,
+        critics=5,
+        target_critics=2,
+        critic_norm="layer",
+        actor_q="mean",
+        entropy_backup=False,
+        initial_temperature=0.1,
+        symmetric=True,
+        learning_starts=500,
+    )
+    return _off_policy(
+        "fetch_reach_rlpd",
+        "FetchReach-v4",
+        algorithm,
+        env_steps=5000,
+        episode=50,
+        demonstrations=DemonstrationsConfig(episodes=20, noise=0.3),
+    )
+
+
 def _off_policy(name: str, task: str, algorithm: SACConfig, env_steps: int, episode: int, **more: Any) -> RunConfig:
     """One environment, evaluated every 1000 steps; these are whole episodes, so that no evaluation cuts one short."""
     return RunConfig(
         recipe=name,
-        simulator=GymnasiumConfig(task, num_envs=1, workers=1),
+        simulator=GymnasiumConfig(task, num_envs=1, workers=None),
         policy=SquashedGaussianMLPConfig(),
         algorithm=algorithm,
         training=_training(env_steps, episode, every=1000 // episode),

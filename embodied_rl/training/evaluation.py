@@ -44,6 +44,8 @@ class EvaluationResult:
     high: float
     mean_return: float
     mean_length: float
+    success_at_end: float | None = None
+    """Share of the episodes that ended in success; None when the task defines none."""
 
     @staticmethod
     def of(name: str, episodes: list[Episode]) -> EvaluationResult:
@@ -62,6 +64,7 @@ class EvaluationResult:
             high=high,
             mean_return=float(np.mean([episode.episode_return for episode in episodes])),
             mean_length=float(np.mean([episode.length for episode in episodes])),
+            success_at_end=float(np.mean([bool(episode.success_at_end) for episode in episodes])) if judged else None,
         )
 
     def to_dict(self) -> dict[str, object]:

@@ -40,8 +40,14 @@ class GymnasiumConfig(OneTask):
         return "embodied_rl.simulators.gymnasium.environment:GymnasiumEnvironment", kwargs
 
     def demonstrator(self) -> Demonstrator:
-        """Raises `UserError`: there are no scripted experts."""
-        raise UserError(f"Gymnasium task '{self.task}' has no scripted demonstrator")
+        """A proportional controller for FetchReach; raises `UserError` for every other task and without a state."""
+        if not self.task.startswith("FetchReach"):
+            raise UserError(f"Gymnasium task '{self.task}' has no scripted demonstrator; FetchReach has one")
+        if self.observation == "rgb":
+            raise UserError("FetchReach's demonstrator needs the state: use observation 'state' or 'state+rgb'")
+        from embodied_rl.simulators.gymnasium.demonstrator import ScriptedFetchReach
+
+        return ScriptedFetchReach()
 
     def build(self, schedule: ResetSchedule, *, log_dir: Path | None = None) -> Simulator:
         """Start the simulator; its resets follow `schedule`, worker logs go to `log_dir`.

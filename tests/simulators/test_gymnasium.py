@@ -218,9 +218,33 @@ def test_wrong_configurations(wrong: dict[str, Any], says: str) -> None:
         GymnasiumConfig(**wrong)
 
 
-def test_there_is_no_demonstrator() -> None:
-    with pytest.raises(UserError, match="no scripted demonstrator"):
-        GymnasiumConfig().demonstrator()
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GymnasiumConfig(), "no scripted demonstrator"),
+        (GymnasiumConfig("FetchReach-v4", observation="rgb"), "needs the"),
+    ],
+)
+def test_there_is_no_demonstrator(config: GymnasiumConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config.demonstrator()
+
+
+def test_the_scripted_hand_reaches_its_goal_in_spite_of_noise() -> None:
+    config = GymnasiumConfig("FetchReach-v4", num_envs=8, workers=None)
+    expert, noise = config.demonstrator(), np.random.default_rng(0)
+    with config.build(RandomSchedule(3)) as simulator:
+        assert simulator.observation_spec.state_names[:6] == tuple(
+            f"{part}_goal.{axis}" for part in ("achieved", "desired") for axis in range(3)
+        )
+        state = simulator.reset(tickets=np.arange(8)).state.copy()
+        expert.reset(np.arange(8), np.zeros(8, np.int64))
+        for _ in range(20):
+            actions = expert.actions(state) + 0.3 * noise.standard_normal((8, 4)).astype(np.float32)
+            result = simulator.step(np.clip(actions, -1, 1)[:, None])
+            state = result.observation.state.copy()
+        assert result.success is not None and result.success.mean() >= 0.75
+        assert np.linalg.norm(state[:, 3:6] - state[:, :3], axis=1).mean() < 0.04
 
 
 def test_all_registered_tasks_are_listed_with_what_they_miss() -> None:
