@@ -5,7 +5,7 @@
     uv run python benchmarks/learning/run.py pendulum_sac --seeds 3 4 --results benchmarks/results/learning.json
 
 Ours is `embodied-rl train RECIPE`, the other side `peers.py`; they alternate, seed by seed, each in processes of its
-own on one core, with equal budgets, and are judged by the same evaluation on the same episodes. The file of results is
+own with one thread, with equal budgets, and are judged by the same evaluation on the same episodes. The file of results is
 added to after every run, and what it already holds is not run again, so that a benchmark may be split into many calls.
 The curves are drawn beside it. The last line printed is one JSON object with the summaries of the cases asked for.
 """
@@ -66,14 +66,7 @@ def run(case: Case, seed: int, side: str) -> dict[str, Any]:
         else:
             command = [str(HERE / "peers.py"), case.recipe, str(seed), str(out)]
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        core = {max(os.sched_getaffinity(0))}
-        subprocess.run(
-            [sys.executable, *command],
-            check=True,
-            timeout=LIMIT,
-            env=os.environ | ONE_THREAD,
-            preexec_fn=lambda: os.sched_setaffinity(0, core),
-        )
+        subprocess.run([sys.executable, *command], check=True, timeout=LIMIT, env=os.environ | ONE_THREAD)
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         found = _ours(out) if out.is_dir() else json.loads(out.read_text())
     found["final"] = {name: found["final"][name] for name in ("episodes", "mean_return", "success_at_end")}
@@ -104,7 +97,7 @@ def write(file: Path, known: dict[str, Runs]) -> None:
     """Results and curves."""
     content = {
         "command": f"uv run python benchmarks/learning/run.py --results {file}",
-        "machine": f"{os.cpu_count()} CPU cores, one for each run, {platform.machine()}",
+        "machine": f"{os.cpu_count()} CPU cores, one thread for each run, {platform.machine()}",
         "summary": {case: summary(CASES[case], runs) for case, runs in known.items()},
         "runs": known,
     }
