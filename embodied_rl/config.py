@@ -29,12 +29,12 @@ from embodied_rl.registry import Registry, algorithms, policies, simulators
 class DemonstrationsConfig:
     """Demonstrations that the policy is cloned from before reinforcement learning starts."""
 
-    episodes: int = 24
-    """Number of demonstrations to collect, or to take from `path`."""
+    episodes: int | None = 24
+    """Number of demonstrations to collect, or to take from `path`; none takes all of them."""
     noise: float = 0.05
     """Standard deviation of the Gaussian noise added to the demonstrator's actions, in normalised action units."""
     path: str | None = None
-    """Read this HDF5 file instead of collecting."""
+    """Read this HDF5 file, or folder of a LeRobotDataset v3, instead of collecting."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CoTrainingConfig:
     """A second dataset, say of the real robot, imitated beside the demonstrations and beside the rewards."""
 
     path: str = ""
-    """HDF5 file of demonstrations of the same task through the same controller."""
+    """HDF5 file, or folder of a LeRobotDataset v3, of demonstrations of the same task through the same controller."""
     episodes: int | None = None
     """Take this many of them; none takes all."""
     share: float = 0.5

@@ -8,6 +8,7 @@ import numpy as np
 
 from embodied_rl.data.demonstrations import DemonstrationEpisode
 from embodied_rl.data.replay_buffer import Inputs, ReplayBuffer
+from embodied_rl.errors import UserError
 
 
 def demonstration_replay(
@@ -18,12 +19,14 @@ def demonstration_replay(
     truncated.
 
     `inputs` [M,...]: of all observations, T+1 per episode. `shaped`: success is the reward, and the reward of the step
-    before an observation its potential.
+    before an observation its potential. Raises `UserError` when an episode has no rewards.
     """
     steps = sum(len(episode) for episode in episodes)
     buffer = ReplayBuffer(steps + chunk * len(episodes), 1)
     first = ticket = 0
-    for episode in episodes:
+    for number, episode in enumerate(episodes):
+        if episode.rewards is None:
+            raise UserError(f"episode {number} was recorded without rewards: it can only be imitated")
         ends = np.flatnonzero(episode.terminated | episode.truncated)
         length = int(ends[0]) + 1 if len(ends) else len(episode)
         seen = {name: column[first : first + length + 1] for name, column in inputs.items()}
@@ -49,6 +52,7 @@ def _add(
     """The decision from step `start` to before `stop` of an episode of `length` steps."""
     done, last = slice(start, stop), stop == length
     success = np.zeros(stop - start, bool) if episode.success is None else episode.success[done]
+    assert episode.rewards is not None
     reward = success if shaped else episode.rewards[done]
     potential = np.concatenate([[0], episode.rewards]) if shaped else np.zeros(len(episode) + 1)
     terminated = np.array([episode.terminated[done].any()])

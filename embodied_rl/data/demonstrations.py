@@ -31,8 +31,8 @@ class DemonstrationEpisode:
     """float32 [T+1,S], the last one after the last action."""
     actions: np.ndarray
     """float32 [T,A] in the simulator's units."""
-    rewards: np.ndarray
-    """float32 [T]."""
+    rewards: np.ndarray | None
+    """float32 [T]; None when none were recorded."""
     success: np.ndarray | None
     """bool [T]; None when the task defines no success."""
     terminated: np.ndarray
@@ -208,5 +208,5 @@ def _check(episode: DemonstrationEpisode, where: str) -> None:
     if episode.actions.ndim != 2 or episode.states.ndim != 2:
         raise ValueError(f"{where} has actions {episode.actions.shape} and states {episode.states.shape}")
     for name in ("states", "actions", "rewards"):
-        if not np.isfinite(getattr(episode, name)).all():
+        if (value := getattr(episode, name)) is not None and not np.isfinite(value).all():
             raise ValueError(f"{where} has a non-finite number in its {name}")

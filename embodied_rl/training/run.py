@@ -27,6 +27,7 @@ from embodied_rl.algorithms.base import (
 )
 from embodied_rl.algorithms.cotraining import CoTraining
 from embodied_rl.config import DemonstrationsConfig, RunConfig, to_dict
+from embodied_rl.data import lerobot_dataset
 from embodied_rl.data.demonstration_replay import demonstration_replay
 from embodied_rl.data.demonstrations import (
     DemonstrationEpisode,
@@ -179,15 +180,19 @@ class Run:
             return self._read(wanted.path, wanted.episodes)
         if self.saved:
             return read(path)
+        if wanted.episodes is None:
+            raise UserError("--demonstrations.episodes none takes all of a dataset: add --demonstrations.path")
         with self._phase("collect demonstrations"):
             return self._collect(path, wanted.episodes, wanted.noise)
 
     def _read(self, path: str, count: int | None) -> list[DemonstrationEpisode]:
-        """The first `count` episodes of a file, or all; raises `UserError` when there are fewer."""
+        """The first `count` episodes of a dataset, or all; raises `UserError` when there are fewer."""
         if not path:
             raise UserError("co-training needs a second dataset: add --cotraining.path FILE")
-        task, control = self.simulator.tasks[0].name, self.simulator.action_spec.control
-        episodes = read(Path(path), task, control)[:count]
+        tasks = self.simulator.tasks
+        if Path(path).is_dir():
+            return lerobot_dataset.read(Path(path), [task.instruction for task in tasks], count)
+        episodes = read(Path(path), tasks[0].name, self.simulator.action_spec.control)[:count]
         if count is not None and len(episodes) < count:
             raise UserError(f"{path} holds {len(episodes)} demonstrations, {count} are asked for")
         return episodes
@@ -195,7 +200,7 @@ class Run:
     def _seen(self, episodes: list[DemonstrationEpisode]) -> Observation:
         """What the policy would have seen before every action."""
         seen = observations(episodes, tuple(task.instruction for task in self.simulator.tasks))
-        self._check_recorded(seen)
+        self._check_recorded(seen, episodes[0].actions.shape[1])
         return self.connection.observation(seen)
 
     def _chunks(self, episodes: list[DemonstrationEpisode], seen: Observation) -> dict[str, Any]:
@@ -215,16 +220,28 @@ class Run:
         inputs = {name: column.numpy(force=True) for name, column in self.policy.prepare(seen).items()}
         return demonstration_replay(self.demonstrations, inputs, self.policy.chunk, bool(self.algorithm.config.shaping))
 
-    def _check_recorded(self, seen: Observation) -> None:
-        """Demonstrations must show what the simulator shows; raises `UserError`."""
+    def _check_recorded(self, seen: Observation, action_dim: int) -> None:
+        """Demonstrations must show what the simulator shows and do what it takes; raises `UserError`."""
         spec = self.simulator.observation_spec
         again = "record them with the same task and observation mode"
         if seen.state.shape[1] != spec.state:
             raise UserError(
                 f"demonstrations hold states of {seen.state.shape[1]} numbers, the simulator's {spec.state}: {again}"
             )
+        if action_dim != self.simulator.action_spec.dim:
+            raise UserError(
+                f"demonstrations hold actions of {action_dim} numbers, the simulator takes "
+                f"{self.simulator.action_spec.dim}: {again}"
+            )
         if missing := sorted(spec.cameras.keys() - seen.images.keys()):
             raise UserError(f"demonstrations hold no images of {', '.join(missing)}: {again}")
+        for name, camera in spec.cameras.items():
+            height, width = seen.images[name].shape[1:3]
+            if (height, width) != (camera.height, camera.width):
+                raise UserError(
+                    f"demonstrations hold images of {name} of {height} x {width}, the simulator's are "
+                    f"{camera.height} x {camera.width}: {again}"
+                )
         if seen.task.max() >= len(self.simulator.tasks):
             raise UserError(f"demonstrations are of more tasks than this run's {len(self.simulator.tasks)}: {again}")
 
