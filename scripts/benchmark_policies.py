@@ -7,7 +7,7 @@ and takes medians of ratios (above 1: how many times faster ours is):
               openvla_update_vs_full       score and gradients, against the logits of all tokens at all positions
     oft       oft_update_vs_full           the same for a chunk of 8 actions decoded at once
               oft_memory_vs_full           peak memory of that update over the peak of the other: 0.6 = 40 % lower
-                                           (both with adapters; 0.81 with all weights trained)
+    (updates of all weights of the language model; with adapters the keys are openvla_lora_… and oft_lora_…)
     pi0       pi0_act_vs_lerobot           a chunk in 10 denoise steps, against LeRobot's `PI0Policy`
               pi0_update_vs_recomputed     score of 4 denoise steps and gradients, against a prefix for every step
 

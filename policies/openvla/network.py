@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from embodied_rl.policies.lora import add_lora
 from embodied_rl.policies.openvla.architecture import Architecture
 from embodied_rl.policies.openvla.heads import Projector, ProprioProjector, RegressionHead
+from embodied_rl.policies.openvla.lean_llama import make_lean
 from embodied_rl.policies.openvla.prompts import BOS
 from embodied_rl.policies.openvla.tokens import ACTION_TOKENS
 from embodied_rl.policies.openvla.vision import FusedVision
@@ -45,6 +46,7 @@ class OpenVLANetwork(nn.Module):
         self.vision_backbone.freeze_unused()
         self.projector = Projector(self.vision_backbone.width, config.hidden_size)
         self.language_model: Any = LlamaForCausalLM(config)
+        make_lean(self.language_model)
         if architecture.proprio_dim:
             self.proprio_projector = ProprioProjector(architecture.proprio_dim, config.hidden_size)
         if architecture.regression:

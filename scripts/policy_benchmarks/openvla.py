@@ -13,11 +13,13 @@ from policy_benchmarks.measuring import Bench
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from embodied_rl.policies.check import synthesise
 from embodied_rl.policies.openvla.architecture import SIZES, Architecture
 from embodied_rl.policies.openvla.autoregressive import AutoregressivePolicy
 from embodied_rl.policies.openvla.config import OpenVLAConfig, OpenVLAOFTConfig
+from embodied_rl.policies.openvla.lean_llama import LeanMLP, LeanRMSNorm, make_lean
 from embodied_rl.policies.openvla.parallel import ParallelPolicy
 from embodied_rl.policies.openvla.tokens import ACTION_TOKENS
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
@@ -32,9 +34,11 @@ SETTINGS: dict[str, Any] = {
     "prompt_length": 80,
     "empty_token": 300,
 }
-LORA = 16
-"""Rank of the adapters that the updates train, as published recipes do. With all weights trained, the gradient of the
-output layer alone would be a quarter of the peak on both sides."""
+TRAINED = {"": 0, "_lora": 16}
+"""What the updates train, as part of the key, and the rank of its adapters: all weights of the language model, or
+adapters as in published recipes."""
+
+USUAL = {LeanRMSNorm: LlamaRMSNorm, LeanMLP: LlamaMLP}
 
 
 def architecture(scale: str) -> Architecture:
@@ -59,8 +63,13 @@ def architecture(scale: str) -> Architecture:
 def openvla(bench: Bench, scale: str) -> None:
     """One row acts; one row is scored."""
     _act(bench, scale)
+    for kind, rank in TRAINED.items():
+        _update_tokens(bench, scale, kind, rank)
+
+
+def _update_tokens(bench: Bench, scale: str, kind: str, rank: int) -> None:
     torch.manual_seed(0)
-    config = OpenVLAConfig(dtype=bench.precision, lora_rank=LORA, **SETTINGS)
+    config = OpenVLAConfig(dtype=bench.precision, lora_rank=rank, **SETTINGS)
     policy = AutoregressivePolicy(config, architecture(scale), None, SEEN, ACTION).to(bench.device)
     inputs = _inputs(policy)
     trace = policy.act(inputs).trace
@@ -70,11 +79,11 @@ def openvla(bench: Bench, scale: str) -> None:
         tokens = trace["tokens"]
         embeddings = torch.cat([embeddings, policy.network.embed(tokens[:, :-1])], 1)
         valid = F.pad(valid, (0, DIM - 1), value=True)
-        with _usual_attention(policy) as language:
+        with _usual(policy) as language:
             logits = language(inputs_embeds=embeddings, attention_mask=valid).logits
         return _learn(*_score_everywhere(logits, tokens, len(valid[0]) - DIM))
 
-    bench.compare("openvla_update_vs_full", lambda: _update(policy, inputs, trace), full, 1e-3)
+    bench.compare(f"openvla{kind}_update_vs_full", lambda: _update(policy, inputs, trace), full, 1e-3)
 
 
 def _act(bench: Bench, scale: str) -> None:
@@ -87,7 +96,7 @@ def _act(bench: Bench, scale: str) -> None:
     generation = GenerationConfig(max_new_tokens=DIM, do_sample=False, use_cache=True, pad_token_id=pad)
 
     def generate() -> Tensor:
-        with torch.no_grad(), _usual_attention(policy) as language:
+        with torch.no_grad(), _usual(policy) as language:
             embeddings, valid = _compact(policy, inputs)
             tokens = language.generate(inputs_embeds=embeddings, attention_mask=valid, generation_config=generation)
         return policy.actions(tokens)
@@ -97,8 +106,13 @@ def _act(bench: Bench, scale: str) -> None:
 
 def oft(bench: Bench, scale: str) -> None:
     """One row, a chunk of 8 actions."""
+    for kind, rank in TRAINED.items():
+        _update_chunk(bench, scale, kind, rank)
+
+
+def _update_chunk(bench: Bench, scale: str, kind: str, rank: int) -> None:
     torch.manual_seed(0)
-    config = OpenVLAOFTConfig(dtype=bench.precision, horizon=HORIZON, lora_rank=LORA, **SETTINGS)
+    config = OpenVLAOFTConfig(dtype=bench.precision, horizon=HORIZON, lora_rank=rank, **SETTINGS)
     sizes = replace(architecture(scale), horizon=HORIZON)
     policy = ParallelPolicy(config, sizes, None, SEEN, ACTION).to(bench.device)
     inputs = _inputs(policy)
@@ -111,15 +125,15 @@ def oft(bench: Bench, scale: str) -> None:
         stop = network.embed(torch.full((rows, 1), 2, device=bench.device))
         embeddings = torch.cat([embeddings, embeddings.new_zeros(rows, terms, width), stop], 1)
         everything = torch.zeros(1, 1, *(embeddings.shape[1],) * 2, dtype=bench.dtype, device=bench.device)
-        with _usual_attention(policy) as language:
+        with _usual(policy) as language:
             logits = language(inputs_embeds=embeddings, attention_mask=everything).logits
         return _learn(*_score_everywhere(logits, trace["tokens"], length - 1))
 
     def ours() -> Tensor:
         return _update(policy, inputs, trace)
 
-    bench.compare("oft_update_vs_full", ours, full, 1e-3)
-    bench.compare_memory("oft_memory_vs_full", ours, full)
+    bench.compare(f"oft{kind}_update_vs_full", ours, full, 1e-3)
+    bench.compare_memory(f"oft{kind}_memory_vs_full", ours, full)
 
 
 def _update(policy: Any, inputs: dict[str, Tensor], trace: dict[str, Tensor]) -> Tensor:
@@ -152,12 +166,16 @@ def _compact(policy: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _usual_attention(policy: Any) -> Iterator[Any]:
-    """The language model with the attention that transformers chooses by itself."""
+def _usual(policy: Any) -> Iterator[Any]:
+    """The language model as transformers has it: with the attention it chooses by itself, and its own layers."""
     language = policy.network.language_model
     ours, language.config._attn_implementation = language.config._attn_implementation, "sdpa"
+    for module in language.modules():
+        if type(module) in USUAL:
+            module.__class__ = USUAL[type(module)]
     yield language
     language.config._attn_implementation = ours
+    make_lean(language)
 
 
 def _prefer_actions(policy: Any) -> None:
