@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,8 @@ def main(case: str, seed: int, file: Path) -> None:
     training, task = config.training, config.simulator.task
     spec(task)  # have it registered
     streams = Streams(seed, 1, training.development_episodes, config.evaluation.episodes)
-    with config.simulator.build(streams) as simulator:
+    judging = replace(config.simulator, num_envs=training.development_episodes)  # their number changes no result
+    with judging.build(streams) as simulator:
         model = globals()[case](lambda count: make_vec_env(task, n_envs=count, seed=seed), seed)
         peer: Any = Peer(model, simulator)
         connection = connect(peer.observation_spec, peer.action_spec, peer.observation_spec, peer.action_spec)

@@ -5,9 +5,9 @@
     uv run python benchmarks/learning/run.py pendulum_sac --seeds 3 4 --results benchmarks/results/learning.json
 
 Ours is `embodied-rl train RECIPE`, the other side `peers.py`; they alternate, seed by seed, each in processes of its
-own with one thread, with equal budgets, and are judged by the same evaluation on the same episodes. The file of results is
-added to after every run, and what it already holds is not run again, so that a benchmark may be split into many calls.
-The curves are drawn beside it. The last line printed is one JSON object with the summaries of the cases asked for.
+own with one thread and equal budgets, and are judged by the same evaluation on the same episodes. The file of results
+is added to after every run, and what it already holds is not run again, so that a benchmark may be split into many
+calls. The curves are drawn beside it. The last line printed is one JSON object with the summaries of the cases.
 """
 
 from __future__ import annotations
