@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from embodied_rl.algorithms.base import Algorithm, EpisodicAlgorithm, OffPolicyAlgorithm
+from embodied_rl.algorithms.base import Algorithm, EpisodicAlgorithm, OfflineAlgorithm, OffPolicyAlgorithm
 from embodied_rl.config import RunConfig
 from embodied_rl.errors import UserError
 from embodied_rl.policies.base import Inputs, Policy
@@ -74,7 +74,11 @@ def trained(algorithm: Algorithm) -> list[Tensor]:
 
 def iteration(config: RunConfig, policy: Policy, algorithm: Algorithm) -> Iterator[Row]:
     """How much is collected and learned in one iteration."""
-    rows, settings = decisions(config, policy, algorithm), algorithm_config(algorithm)
+    settings = algorithm_config(algorithm)
+    if isinstance(algorithm, OfflineAlgorithm):
+        yield "updates", f"{settings.steps:,} of {settings.batch_size:,} recorded decisions"
+        return
+    rows = decisions(config, policy, algorithm)
     if isinstance(algorithm, EpisodicAlgorithm):
         collected = f"{algorithm.groups_per_iteration} groups of {algorithm.group_size} episodes, at most {rows:,}"
     else:
@@ -104,7 +108,7 @@ def costs(config: RunConfig, policy: Policy, inputs: Inputs, algorithm: Algorith
     critics = memory.size(each for module in algorithm.modules().values() for each in module.parameters())
     parts = {"weights": acting, "networks of the algorithm": critics, "gradients and Adam": learning}
     yield "to act", f"{gib(acting)} of weights"
-    if not isinstance(algorithm, OffPolicyAlgorithm):
+    if not isinstance(algorithm, OffPolicyAlgorithm | OfflineAlgorithm):
         rows = decisions(config, policy, algorithm)
         settings = algorithm_config(algorithm)
         part = min(settings.microbatch or rows, -(-rows // min(settings.minibatches, rows)))

@@ -9,11 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from embodied_rl.algorithms.off_policy import OfflineConfig
 from embodied_rl.config import RunConfig, to_dict
 from embodied_rl.errors import UserError
 from embodied_rl.files import write_atomic
 
 FILE = "metrics.jsonl"
+
+
+def budget(config: RunConfig) -> tuple[str, int]:
+    """What a run spends, which its metrics are drawn over, and how much of it: "updates" of an offline algorithm,
+    "env_steps" of any other."""
+    if isinstance(config.algorithm, OfflineConfig):
+        return "updates", config.algorithm.steps
+    return "env_steps", config.training.env_steps
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -38,15 +47,16 @@ class MetricLogger:
         kept = [row for row in read_metrics(out / FILE) if row["iteration"] <= iteration]
         write_atomic(out / FILE, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = (out / FILE).open("a")
+        self._axis, _ = budget(config)
         self._tensorboard: Any = None
         self._wandb: Any = None
         if tensorboard:
-            self._tensorboard = _tensorboard(out, kept[-1]["env_steps"] + 1 if kept else None)
+            self._tensorboard = _tensorboard(out, kept[-1][self._axis] + 1 if kept else None)
         if wandb:
             self._wandb = _wandb(out, config)
 
     def log(self, row: Mapping[str, float | None]) -> None:
-        """`row` has "iteration" and "env_steps"; numbers that are not finite are recorded as null."""
+        """`row` has "iteration" and what the run spent (`budget`); numbers that are not finite are recorded as null."""
         clean = {name: _number(value) for name, value in row.items()}
         try:
             self._file.write(json.dumps(clean, allow_nan=False) + "\n")
@@ -56,7 +66,7 @@ class MetricLogger:
         known = {name: value for name, value in clean.items() if value is not None}
         if self._tensorboard is not None:
             for name, value in known.items():
-                self._tensorboard.add_scalar(name, value, known["env_steps"])
+                self._tensorboard.add_scalar(name, value, known[self._axis])
             self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(known, step=int(known["iteration"]))
@@ -113,6 +123,7 @@ def _wandb(out: Path, config: RunConfig) -> Any:
         )
     except Error as error:
         raise UserError(f"Weights & Biases: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
-    run.define_metric("env_steps")
-    run.define_metric("*", step_metric="env_steps")
+    axis, _ = budget(config)
+    run.define_metric(axis)
+    run.define_metric("*", step_metric=axis)
     return run

@@ -20,9 +20,16 @@ SMOOTHING = 0.2
 
 
 class Progress:
-    """Phase, success, return, steps per second and time left of a run with a budget of `total` env steps."""
+    """Phase, success, return, speed and time left of a run with a budget of `total` `unit`, say "env_steps"."""
 
-    def __init__(self, total: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        unit: str,
+        total: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._unit = unit.replace("_", " ")
         self._total = total
         self._console = console or Console(file=sys.stdout)
         self._clock = clock
@@ -30,7 +37,7 @@ class Progress:
         self._last_line = -LINE_EVERY
         self._phase = ""
         self._detail = ""
-        self._env_steps: int | None = None
+        self._spent: int | None = None
         self._rate: float | None = None
         self._metrics: dict[str, float | None] = {}
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4, transient=False)
@@ -48,17 +55,17 @@ class Progress:
     def phase(self, name: str) -> None:
         """A new phase begins; the last one is reported with its duration."""
         self._finish_phase()
-        self._phase, self._phase_began, self._detail, self._env_steps = name, self._clock(), "", None
+        self._phase, self._phase_began, self._detail, self._spent = name, self._clock(), "", None
         self._metrics.clear()
 
-    def update(self, env_steps: float | None = None, detail: str | float = "", **metrics: float | None) -> None:
+    def update(self, spent: float | None = None, detail: str | float = "", **metrics: float | None) -> None:
         """What is known after an iteration; metrics keep their last value until a new one comes."""
         now = self._clock()
-        if env_steps is not None:
-            if self._env_steps is not None and env_steps > self._env_steps and now > self._changed:
-                rate = (env_steps - self._env_steps) / (now - self._changed)
+        if spent is not None:
+            if self._spent is not None and spent > self._spent and now > self._changed:
+                rate = (spent - self._spent) / (now - self._changed)
                 self._rate = rate if self._rate is None else self._rate + SMOOTHING * (rate - self._rate)
-            self._env_steps, self._changed = int(env_steps), now
+            self._spent, self._changed = int(spent), now
         self._detail = str(detail)
         self._metrics.update(metrics)
         if not self._live.is_started and now - self._last_line >= LINE_EVERY:
@@ -70,16 +77,16 @@ class Progress:
         facts: list[tuple[str, str]] = []
         if self._detail:
             facts.append(("", self._detail))
-        if self._env_steps is not None:
-            facts.append(("env steps", f"{self._env_steps:,} / {self._total:,}"))
+        if self._spent is not None:
+            facts.append((self._unit, f"{self._spent:,} / {self._total:,}"))
         for name, key in (("success", "train/success"), ("development success", "evaluation/success")):
             if (value := self._metrics.get(key)) is not None:
                 facts.append((name, f"{value:.0%}"))
         if (value := self._metrics.get("train/return")) is not None:
             facts.append(("return", f"{value:.2f}"))
-        if self._env_steps is not None and self._rate:
-            facts.append(("steps/s", f"{self._rate:,.0f}"))
-            facts.append(("time left", duration(max(0.0, self._total - self._env_steps) / self._rate)))
+        if self._spent is not None and self._rate:
+            facts.append((f"{self._unit.split()[-1]}/s", f"{self._rate:,.0f}"))
+            facts.append(("time left", duration(max(0.0, self._total - self._spent) / self._rate)))
         return facts
 
     def _finish_phase(self) -> None:
@@ -94,8 +101,8 @@ class Progress:
     def _render(self) -> Any:
         now = self._clock()
         head = Table.grid(padding=(0, 2))
-        bar: Any = ProgressBar(self._total, min(self._env_steps or 0, self._total), width=40)
-        if self._env_steps is None:
+        bar: Any = ProgressBar(self._total, min(self._spent or 0, self._total), width=40)
+        if self._spent is None:
             bar = ProgressBar(total=None, pulse=True, width=40, animation_time=now)
         head.add_row(Text(self._phase, "bold"), bar, Text(duration(now - self._began), "dim"))
         facts = Table.grid(padding=(0, 3))

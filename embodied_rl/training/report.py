@@ -128,17 +128,24 @@ def _interval(evaluation: dict[str, Any]) -> str:
 
 def _series(rows: Rows, key: str, name: str = "", **style: bool) -> Series:
     known = [row for row in rows if row.get(key) is not None]
-    return Series(name or key, [row["env_steps"] for row in known], [row[key] for row in known], **style)
+    return Series(name or key, [row[_axis(rows)] for row in known], [row[key] for row in known], **style)
+
+
+def _axis(rows: Rows) -> str:
+    """What the run spent, see `metrics.budget`."""
+    return "updates" if rows and "updates" in rows[0] else "env_steps"
 
 
 def _learning(rows: Rows) -> str:
-    """Success, return and length of episodes over env steps."""
-    figures = []
+    """Success, return and length of episodes over what was spent."""
+    figures, x_label = [], _axis(rows).replace("_", " ")
     for what in ("success", "return", "length"):
         training = _series(rows, f"train/{what}", "training", smooth=True)
         development = _series(rows, f"evaluation/{what}", "development", markers=True)
         scale: dict[str, Any] = {"y_range": (0, 1), "y_format": percent} if what == "success" else {}
-        figures.append(_figure(f"episode {what}", charts.line_chart([training, development], what, **scale)))
+        figures.append(
+            _figure(f"episode {what}", charts.line_chart([training, development], what, x_label=x_label, **scale))
+        )
     return _section("Learning", _grid(figures))
 
 
@@ -146,8 +153,9 @@ def _losses(rows: Rows) -> str:
     """Every other metric in a small chart; what is not a loss is folded away."""
     shown = {f"{kind}/{what}" for kind in ("train", "evaluation") for what in ("success", "return", "length")}
     figures: dict[str, list[str]] = {"Losses": [], "Other metrics": []}
+    x_label = _axis(rows).replace("_", " ")
     for key in sorted({key for row in rows for key in row if "/" in key} - shown):
-        chart = charts.line_chart([_series(rows, key, smooth=True)], key, width=230, height=130)
+        chart = charts.line_chart([_series(rows, key, smooth=True)], key, width=230, height=130, x_label=x_label)
         kind = "Losses" if key.startswith("loss/") else "Other metrics"
         figures[kind].append(_figure(key.removeprefix("loss/"), chart))
     return "".join(_section(kind, _grid(found, "small"), folded=kind != "Losses") for kind, found in figures.items())

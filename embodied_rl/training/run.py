@@ -22,6 +22,7 @@ from embodied_rl.algorithms.base import (
     EpisodicAlgorithm,
     ImitationAlgorithm,
     Metrics,
+    OfflineAlgorithm,
     OffPolicyAlgorithm,
     OnPolicyAlgorithm,
 )
@@ -45,13 +46,13 @@ from embodied_rl.specs import connect
 from embodied_rl.training import checkpoint
 from embodied_rl.training.demonstrations import demonstrate
 from embodied_rl.training.evaluation import EvaluationResult, run_episodes
-from embodied_rl.training.metrics import MetricLogger
+from embodied_rl.training.metrics import MetricLogger, budget
 from embodied_rl.training.on_policy import EpisodeWorkflow, SegmentWorkflow
 from embodied_rl.training.progress import Progress
 from embodied_rl.training.report import versions, write_report
 from embodied_rl.training.streams import Streams
 from embodied_rl.training.trajectories import record_trajectories
-from embodied_rl.training.workflows import OffPolicyWorkflow, Workflow, imitate
+from embodied_rl.training.workflows import OfflineWorkflow, OffPolicyWorkflow, Workflow, imitate
 from embodied_rl.types import Observation
 
 
@@ -106,7 +107,7 @@ class Run:
         """All phases."""
         logging = self.config.logging
         with (
-            Progress(self.config.training.env_steps) as self.progress,
+            Progress(*budget(self.config)) as self.progress,
             MetricLogger(self.out, self.config, self.iteration, logging.tensorboard, logging.wandb) as self.logger,
         ):
             self.progress.phase("start simulators")
@@ -214,7 +215,7 @@ class Run:
     def _decisions(self) -> ReplayBuffer:
         """The demonstrations as decisions of the policy, with their rewards."""
         if self.config.demonstrations is None:
-            raise UserError("algorithm.symmetric needs demonstrations: add --demonstrations.episodes or .path")
+            raise UserError("the algorithm learns from demonstrations: add --demonstrations.path or .episodes")
         texts = tuple(task.instruction for task in self.simulator.tasks)
         seen = self.connection.observation(observations(self.demonstrations, texts, final=True))
         inputs = {name: column.numpy(force=True) for name, column in self.policy.prepare(seen).items()}
@@ -286,6 +287,8 @@ class Run:
         elif isinstance(self.algorithm, OffPolicyAlgorithm):
             known = self._decisions() if self.algorithm.demonstrations == "decisions" else data
             workflow = OffPolicyWorkflow(self.worker, self.algorithm, decisions, self.generator, config.seed, known)
+        elif isinstance(self.algorithm, OfflineAlgorithm):
+            workflow = OfflineWorkflow(self.algorithm, self._decisions(), self.generator, config.seed)
         else:
             raise UserError(f"algorithm '{type(self.algorithm).__name__}' cannot learn from rollouts: choose another")
         if self.saved:
@@ -297,15 +300,16 @@ class Run:
     def _learn(self, workflow: Workflow) -> None:
         """Iterate until the budget is spent or the development success is reached."""
         training = self.config.training
+        unit, total = budget(self.config)
         workflow.restart(self.tickets)
-        while not (self.succeeded or self.worker.env_steps >= training.env_steps):
-            began, steps = time.monotonic(), self.worker.env_steps
+        while not (self.succeeded or self._spent() >= total):
+            began, before = time.monotonic(), self._spent()
             number = self.iteration + 1
             evaluates = bool(training.evaluate_every) and number % training.evaluate_every == 0
             saves = number % training.checkpoint_every == 0
             metrics = workflow.iterate(border=evaluates or saves)
             self.iteration = number
-            metrics["time/env_steps_per_second"] = (self.worker.env_steps - steps) / (time.monotonic() - began)
+            metrics[f"time/{unit}_per_second"] = (self._spent() - before) / (time.monotonic() - began)
             if evaluates:
                 score = self._episodes("development", self.policy)
                 metrics |= {"evaluation/return": score.mean_return, "evaluation/length": score.mean_length}
@@ -320,16 +324,21 @@ class Run:
                 workflow.restart(self.tickets)
         self._save(workflow)
 
+    def _spent(self) -> int:
+        """Of the run's budget."""
+        return self.algorithm.updates if isinstance(self.algorithm, OfflineAlgorithm) else self.worker.env_steps
+
     def _log(self, metrics: Metrics) -> None:
         counts = {
             "iteration": self.iteration,
             "env_steps": self.worker.env_steps,
+            budget(self.config)[0]: self._spent(),
             "wall_seconds": self._wall_seconds(),
             "simulator/deaths": self.simulator.deaths,
             "simulator/lost_episodes": self.worker.lost_episodes,
         }
         self.logger.log(counts | metrics)
-        self.progress.update(env_steps=self.worker.env_steps, **metrics)
+        self.progress.update(self._spent(), **metrics)
 
     def _evaluate(self, name: str, policy: Any = None) -> None:
         """The final kind of evaluation, on the test episodes, unless a resumed run has it already."""

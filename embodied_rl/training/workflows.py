@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OffPolicyAlgorithm
+from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OfflineAlgorithm, OffPolicyAlgorithm
 from embodied_rl.algorithms.imitation import join, take
 from embodied_rl.data.replay_buffer import ReplayBuffer
 from embodied_rl.errors import UserError
@@ -168,6 +168,34 @@ class OffPolicyWorkflow:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.buffer.load_state_dict(state["buffer"])
         self.due = state["due"]
+        self.rng.bit_generator.state = state["rng"]
+
+
+class OfflineWorkflow:
+    """Updates from recorded decisions alone; no environment is stepped."""
+
+    def __init__(
+        self, algorithm: OfflineAlgorithm, replay: ReplayBuffer, generator: torch.Generator, seed: int
+    ) -> None:
+        self.algorithm = algorithm
+        self.replay = replay
+        self.generator = generator
+        self.rng = np.random.default_rng(seed)
+
+    def restart(self, tickets: TicketCounter) -> None:
+        """No episodes are run."""
+
+    def iterate(self, border: bool) -> Metrics:
+        mean, config = Mean("loss"), self.algorithm.config
+        for _ in range(min(config.updates_per_iteration, config.steps - self.algorithm.updates)):
+            mean.add(self.algorithm.update(self.algorithm.draw(self.replay, self.rng), self.generator))
+        mean.check(f"update {self.algorithm.updates}")
+        return mean.result() | {"replay/decisions": len(self.replay)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rng.bit_generator.state = state["rng"]
 
 

@@ -93,5 +93,5 @@ def test_a_steered_run_keeps_the_clone_and_is_evaluated_as_it_was_trained(tmp_pa
 
 
 def test_symmetric_batches_need_demonstrations(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="symmetric needs demonstrations"):
+    with pytest.raises(UserError, match="learns from demonstrations"):
         train(replace(rlpd(), demonstrations=None), tmp_path / "run")

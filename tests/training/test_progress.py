@@ -15,17 +15,17 @@ class Clock:
 def show(terminal: bool) -> tuple[str, list[tuple[str, str]]]:
     clock, file = Clock(), io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=160, legacy_windows=False)
-    with Progress(10_000, console, clock) as progress:
+    with Progress("env_steps", 10_000, console, clock) as progress:
         progress.phase("clone demonstrations")
         clock.now = 2.0
         progress.update(detail="step 100/800", **{"imitation/loss": 0.5})
         clock.now = 8.0
         progress.phase("reinforcement learning")
-        progress.update(env_steps=4000)  # resumed: earlier steps do not count for the rate
+        progress.update(spent=4000)  # resumed: earlier steps do not count for the rate
         clock.now = 10.0
-        progress.update(env_steps=5000, **{"train/success": 0.5, "train/return": 0.123})
+        progress.update(spent=5000, **{"train/success": 0.5, "train/return": 0.123})
         clock.now = 20.0
-        progress.update(env_steps=10_000, **{"evaluation/success": 0.75})
+        progress.update(spent=10_000, **{"evaluation/success": 0.75})
         clock.now = 20.5
         facts = progress.facts()
     return file.getvalue(), facts
@@ -44,9 +44,9 @@ def test_plain_lines_without_a_terminal() -> None:
 
 def test_lines_are_throttled() -> None:
     clock, file = Clock(), io.StringIO()
-    progress = Progress(100, Console(file=file), clock)
+    progress = Progress("env_steps", 100, Console(file=file), clock)
     for clock.now in range(1, 21):
-        progress.update(env_steps=int(clock.now))
+        progress.update(spent=int(clock.now))
     assert len(file.getvalue().splitlines()) == 4
 
 
