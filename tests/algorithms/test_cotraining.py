@@ -17,6 +17,7 @@ from embodied_rl.algorithms.imitation import ImitationConfig, mean_imitation_los
 from embodied_rl.algorithms.ppo import PPOConfig
 from embodied_rl.algorithms.sac import SACConfig
 from embodied_rl.errors import UserError
+from embodied_rl.policies.categorical_mlp import CategoricalMLPConfig
 from embodied_rl.policies.check import synthesise
 from embodied_rl.policies.flow_mlp import FlowMLPConfig
 from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
@@ -33,6 +34,11 @@ def gaussian():
 
 def flow():
     return FlowMLPConfig(horizon=3, chunk=2, hidden=(8,), value_hidden=(8,), joint=True).build(SEEN, ACTION).double()
+
+
+def choices():
+    spec = ActionSpec((0.0,), (4.0,), (0.0,), control="discrete", choices=5)
+    return CategoricalMLPConfig(hidden=(8,)).build(SEEN, spec).double()
 
 
 def tokens():
@@ -57,7 +63,8 @@ def dataset(policy, rows=7, seed=1):
     generator = torch.Generator().manual_seed(seed)
     inputs = policy.prepare(synthesise(policy.observation_spec, rows, seed))
     dtype = next(policy.parameters()).dtype
-    actions = torch.rand(rows, policy.horizon, policy.action_spec.dim, generator=generator, dtype=dtype) * 2 - 1
+    low, high = torch.tensor(policy.action_spec.low), torch.tensor(policy.action_spec.high)
+    actions = low + (high - low) * torch.rand(rows, policy.horizon, len(low), generator=generator, dtype=dtype)
     valid = torch.rand(rows, policy.horizon, generator=generator) < 0.7
     valid[0] = False
     return {"inputs": cast(inputs, dtype), "actions": actions, "valid": valid}
@@ -113,6 +120,7 @@ CASES = {
     "grpo, Gaussian, in parts": (GRPOConfig(**ONCE, microbatch=4), gaussian),
     "grpo, flow": (GRPOConfig(**ONCE), flow),
     "grpo, flow, in parts": (GRPOConfig(**ONCE, microbatch=4), flow),
+    "grpo, choices, in parts": (GRPOConfig(**ONCE, microbatch=4), choices),
     "sac": (SACConfig(**OFF), squashed),
     "flow actor-critic": (
         FlowActorCriticConfig(**OFF, actor_every=1, critic_warmup_updates=0, q_warmup_updates=0),
