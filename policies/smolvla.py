@@ -151,29 +151,13 @@ class SmolVLAPolicy(Wrapper, FlowPolicy):
         with torch.no_grad():
             return _mean(self.encode(inputs))
 
-    def imitation_loss(
-        self,
-        inputs: Inputs,
-        actions: Tensor,
-        valid: Tensor,
-        *,
-        noise: Tensor | None = None,
-        time: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """LeRobot's: flow matching at times drawn from Beta(1.5, 1), which favours noise, over the A real
-        dimensions."""
-        keep = valid[..., None]
-        action = torch.where(keep, self.to_network(torch.where(keep, actions, 0.0), inputs), 0.0)
-        if noise is None:
-            noise = torch.randn(action.shape, generator=generator, device=action.device)
-        if time is None:
-            uniform = torch.rand(len(actions), generator=generator, device=actions.device)
-            time = uniform ** (1 / 1.5) * 0.999 + 0.001
-        t = time[:, None, None]
-        v, _ = self.velocity(self.encode(inputs), t * noise + (1 - t) * action, time)
-        error = torch.where(keep, v - (noise - action), 0.0)[..., : self.action_spec.dim]
-        return error.square().sum((1, 2)) / (valid.sum(1) * self.action_spec.dim).clamp_min(1)
+    @property
+    def imitated(self) -> int:
+        return self.action_spec.dim
+
+    def imitation_times(self, uniform: Tensor) -> Tensor:
+        """LeRobot's: Beta(1.5, 1), which favours noise."""
+        return uniform ** (1 / 1.5) * 0.999 + 0.001
 
     @property
     def dtype(self) -> torch.dtype:
