@@ -24,10 +24,12 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from embodied_rl.algorithms.imitation import ImitationConfig
 from embodied_rl.config import CoTrainingConfig, DemonstrationsConfig, RunConfig
 from embodied_rl.recipes.quickstart import quickstart
 from embodied_rl.simulators.maniskill.physics import Physics
@@ -44,8 +46,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--simulated", type=int, default=64, help="demonstrations of the simulator")
     parser.add_argument("--real", type=int, default=8, help="demonstrations of the robot")
-    parser.add_argument("--beta", type=float, default=0.5)
-    parser.add_argument("--env-steps", type=int, default=60_000, help="of reinforcement learning")
+    parser.add_argument("--beta", type=float, default=2.0)
+    parser.add_argument("--env-steps", type=int, default=45_000, help="of reinforcement learning")
     parser.add_argument("--episodes", type=int, default=100, help="of every evaluation")
     parser.add_argument(
         "--smoke", action="store_true", help="a quick check that all of it runs: the numbers mean nothing"
@@ -56,65 +58,72 @@ def main() -> None:
     if arguments.smoke:
         small = {"seeds": [0], "simulated": 4, "real": 2, "env_steps": 9_000, "episodes": 4}
         arguments = argparse.Namespace(**(vars(arguments) | small))
-    folder, began = arguments.out or Path(tempfile.mkdtemp(prefix="cotrain-")), time.monotonic()
-    runs = [run(arguments, seed, folder / f"seed{seed}") for seed in arguments.seeds]
+    folder, began, runs = arguments.out or Path(tempfile.mkdtemp(prefix="cotrain-")), time.monotonic(), []
+    for seed in arguments.seeds:
+        runs.append(run(arguments, seed, folder / f"seed{seed}"))
+        report(arguments, runs, time.monotonic() - began)  # after every seed: an interrupted job leaves what it has
+
+
+def report(arguments: argparse.Namespace, runs: list[dict[str, Any]], seconds: float) -> None:
+    episodes = arguments.episodes * len(runs)
+    total = {arm: score(sum(each[arm]["successes"] for each in runs), episodes) for arm in ARMS}
     summary = {
         "command": shlex.join(["uv", "run", "python", "scripts/cotrain.py", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
         "physics_of_the_robot": vars(REAL),
         "settings": {name: getattr(arguments, name) for name in ("simulated", "real", "beta", "env_steps", "episodes")},
-        "seconds": round(time.monotonic() - began),
+        "seconds": round(seconds),
+        "cpu_seconds": round(sum(os.times()[:4])),
         "runs": runs,
-        "all": {
-            arm: score(sum(each[arm]["successes"] for each in runs), arguments.episodes * len(runs)) for arm in ARMS
-        },
+        "all": total,
     }
-    print(
-        f"\n{'success with the robot':24}" + "".join(f"{f'seed {each["seed"]}':>22}" for each in runs) + f"{'all':>22}"
-    )
+    columns = {f"seed {each['seed']}": each for each in runs} | {"all": total}
+    print(f"\n{'success with the robot':24}" + "".join(f"{name:>22}" for name in columns))
     for arm in ARMS:
-        print(f"{arm:24}" + "".join(f"{cell(each[arm]):>22}" for each in [*runs, summary["all"]]))
+        print(f"{arm:24}" + "".join(f"{cell(column[arm]):>22}" for column in columns.values()))
     if arguments.results:
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
         arguments.results.write_text(json.dumps(summary, indent=2) + "\n")
-    print(
-        json.dumps({"cotraining": {arm: each["success"] for arm, each in summary["all"].items()}, "seeds": len(runs)})
-    )
+    print(json.dumps({"cotraining": {arm: each["success"] for arm, each in total.items()}, "seeds": len(runs)}))
 
 
 def run(arguments: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
     """All four of one seed: {"seed", arm: score}."""
     sim = recipe(arguments, seed)
     if arguments.smoke:
-        sim = replace(sim, imitation=replace(sim.imitation, steps=100))
+        sim = replace(sim, imitation=ImitationConfig(steps=100))
     robot = replace(sim, simulator=replace(sim.simulator, physics=REAL))
-    files = {"simulated": out / "simulated.h5", "real": out / "real.h5"}
+    simulated, real = out / "simulated.h5", out / "real.h5"
     out.mkdir(parents=True, exist_ok=True)
-    collect(sim, files["simulated"], arguments.simulated)
-    collect(robot, files["real"], arguments.real)
-    few = DemonstrationsConfig(arguments.real, path=str(files["real"]))
-    many = DemonstrationsConfig(arguments.simulated, path=str(files["simulated"]))
-    second = CoTrainingConfig(str(files["real"]), beta=arguments.beta)
+    collect(sim, simulated, arguments.simulated)
+    collect(robot, real, arguments.real)
+    few = DemonstrationsConfig(arguments.real, path=str(real))
+    many = DemonstrationsConfig(arguments.simulated, path=str(simulated))
+    second = CoTrainingConfig(str(real), beta=arguments.beta)
 
-    def clone(name: str, **more: Any) -> dict[str, Any]:
+    def clone(folder: Path, **more: Any) -> dict[str, Any]:
         """Cloning needs no simulator, so the robot is where the run evaluates."""
-        result = train(replace(robot, algorithm=None, **more), out / name)
+        result = train(replace(robot, algorithm=None, **more), folder)
         return score(result["evaluations"][-1]["successes"], arguments.episodes)
 
-    def reinforce(name: str, beta: float) -> dict[str, Any]:
-        result = train(replace(sim, demonstrations=many, cotraining=replace(second, beta=beta)), out / name)
+    def reinforce(folder: Path, beta: float) -> dict[str, Any]:
+        result = train(replace(sim, demonstrations=many, cotraining=replace(second, beta=beta)), folder)
         settings = [f"--simulator.physics.{factor}={value}" for factor, value in vars(REAL).items()]
-        found = evaluate_run(out / name, arguments.episodes, settings=settings)
+        found = evaluate_run(folder, arguments.episodes, settings=settings)
         return score(found["successes"], arguments.episodes) | {"success_in_sim": result["final_success"]}
 
-    scores = {
-        "real only": clone("real_only", demonstrations=few),
-        "mixed": clone("mixed", demonstrations=many, cotraining=second),
-        "RL in sim": reinforce("rl_in_sim", 0.0),
-        "RL co-training": reinforce("rl_cotraining", arguments.beta),
+    ways: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "real only": lambda folder: clone(folder, demonstrations=few),
+        "mixed": lambda folder: clone(folder, demonstrations=many, cotraining=second),
+        "RL in sim": lambda folder: reinforce(folder, 0.0),
+        "RL co-training": lambda folder: reinforce(folder, arguments.beta),
     }
-    for arm, each in scores.items():
-        print(f"seed {seed}, {arm}: {cell(each)}", flush=True)
+    scores = {}
+    for arm, way in ways.items():
+        began = time.monotonic()
+        scores[arm] = way(out / arm.lower().replace(" ", "_"))
+        scores[arm]["seconds"] = round(time.monotonic() - began)
+        print(f"seed {seed}, {arm}: {cell(scores[arm])}", flush=True)
     return {"seed": seed} | scores
 
 
