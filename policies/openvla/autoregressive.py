@@ -31,7 +31,7 @@ class AutoregressivePolicy(TokenPolicy):
         traces: list[dict[str, Tensor]] = []
         log_probs: list[Tensor] = []
         with network.caching():
-            hidden = network.hidden(embeddings, valid, causal=True, cache=cache)[:, -1:]
+            hidden = network.hidden(embeddings, valid, causal=True, read=slice(-1, None), cache=cache)
             value = self._value(hidden)
             while True:
                 logits = self.logits(hidden)
@@ -58,4 +58,4 @@ class AutoregressivePolicy(TokenPolicy):
         if tokens is not None:
             embeddings = torch.cat([embeddings, self.network.embed(tokens[:, :-1])], 1)
             valid = F.pad(valid, (0, embeddings.shape[1] - length), value=True)
-        return self.network.hidden(embeddings, valid, causal=True)[:, length - 1 :]
+        return self.network.hidden(embeddings, valid, causal=True, read=slice(length - 1, None))

@@ -1,20 +1,23 @@
-"""Llama's elementwise layers, saving their inputs alone for the backward pass: the same numbers as transformers' in
-less memory and time, since the normalised hidden state and the gate's activation are cheap to compute again."""
+"""transformers' Llama with the same numbers in less time and memory. Norms and gates save their inputs alone for the
+backward pass, since the normalised state and the gate's activation are cheap to compute again; the last layer computes
+only the positions that are read."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaRMSNorm, rotate_half
 
 
-def make_lean(language_model: nn.Module) -> None:
-    """Change the class of `language_model`'s norms and gated layers; parameters and their names stay."""
-    for module in language_model.modules():
+def make_lean(model: LlamaModel) -> None:
+    """Change the class of `model`'s norms, gated layers and last layer; parameters and their names stay."""
+    model.layers[-1].__class__ = LeanLastLayer
+    for module in model.modules():
         if type(module) is LlamaRMSNorm:
             module.__class__ = LeanRMSNorm
         elif type(module) is LlamaMLP and module.config.hidden_act == "silu":
@@ -29,6 +32,49 @@ class LeanRMSNorm(LlamaRMSNorm):
 class LeanMLP(LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class LeanLastLayer(LlamaDecoderLayer):
+    """Passed on by `LlamaModel`: `read`, the positions to compute; all of them are keys and values."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Any = None,
+        past_key_values: Any = None,
+        is_causal: bool = True,
+        read: slice = slice(None),
+        **kwargs: Any,
+    ) -> Tensor:
+        attention: Any = self.self_attn
+        normalised = self.input_layernorm(hidden_states)
+        turn = [each[:, None] for each in position_embeddings]
+        own = [each[:, :, read] for each in turn]
+        queries = _rotated(_heads(attention.q_proj(normalised[:, read]), attention), own)
+        keys = _rotated(_heads(attention.k_proj(normalised), attention), turn)
+        values = _heads(attention.v_proj(normalised), attention)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, attention.layer_idx)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, :, read]
+        elif is_causal and queries.shape[2] < hidden_states.shape[1]:
+            places = torch.arange(keys.shape[2], device=keys.device)
+            attention_mask = (places <= places[: hidden_states.shape[1], None][read])[None, None]
+        found, _ = sdpa_attention_forward(
+            attention, queries, keys, values, attention_mask, scaling=attention.scaling, is_causal=is_causal
+        )
+        hidden_states = hidden_states[:, read] + attention.o_proj(found.flatten(2))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def _heads(x: Tensor, attention: Any) -> Tensor:
+    return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+
+def _rotated(x: Tensor, turn: list[Tensor]) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) by (cos, sin) [B,1,S,head_dim]."""
+    return x * turn[0] + rotate_half(x) * turn[1]
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -46,7 +46,7 @@ class OpenVLANetwork(nn.Module):
         self.vision_backbone.freeze_unused()
         self.projector = Projector(self.vision_backbone.width, config.hidden_size)
         self.language_model: Any = LlamaForCausalLM(config)
-        make_lean(self.language_model)
+        make_lean(self.language_model.model)
         if architecture.proprio_dim:
             self.proprio_projector = ProprioProjector(architecture.proprio_dim, config.hidden_size)
         if architecture.regression:
@@ -108,8 +108,17 @@ class OpenVLANetwork(nn.Module):
         dino, siglip = pixels.to(self.dtype).flatten(0, 1).split(3, 1)
         return self.vision_backbone(dino, siglip, instruction).unflatten(0, (batch, images)).flatten(1, 2)
 
-    def hidden(self, embeddings: Tensor, valid: Tensor, causal: bool, cache: Any = None, first: int = 0) -> Tensor:
-        """Last hidden states [B,Q,hidden] of `embeddings` [B,Q,hidden], the queries first .. first + Q - 1.
+    def hidden(
+        self,
+        embeddings: Tensor,
+        valid: Tensor,
+        causal: bool,
+        read: slice = slice(None),
+        cache: Any = None,
+        first: int = 0,
+    ) -> Tensor:
+        """Last hidden states [B,R,hidden] of the places `read` among the Q of `embeddings` [B,Q,hidden], the queries
+        first .. first + Q - 1.
 
         valid: bool [B,S] over all keys, S = Q without a cache and the cache's length with one.
         causal: else every query sees every valid key.
@@ -130,6 +139,7 @@ class OpenVLANetwork(nn.Module):
             past_key_values=cache,
             use_cache=cache is not None,
             is_causal=causal,
+            read=read,
         )
         return output.last_hidden_state
 

@@ -15,9 +15,10 @@ from embodied_rl.randomness import RowNoise
 from embodied_rl.types import ActionSample, Score
 
 
-def parallel_hidden(policy: OpenVLAPolicy, inputs: Inputs) -> Tensor:
-    """[B,H*A,hidden]. Action positions hold zeros, and what belongs to one is read a position earlier, as trained; so
-    the first is the prompt's last token, and nothing here depends on which actions are chosen."""
+def parallel_hidden(policy: OpenVLAPolicy, inputs: Inputs, count: int | None = None) -> Tensor:
+    """[B,L,hidden], the first L = `count` (None: all) of H*A. Action positions hold zeros, and what belongs to one is
+    read a position earlier, as trained; so the first is the prompt's last token, and nothing here depends on which
+    actions are chosen."""
     assert isinstance(policy.config, OpenVLAOFTConfig)
     network, stop = policy.network, policy.config.stop_token
     embeddings, valid = policy.prefix(inputs, stop)
@@ -27,8 +28,8 @@ def parallel_hidden(policy: OpenVLAPolicy, inputs: Inputs) -> Tensor:
     if stop:
         parts.append(network.embed(torch.full((rows, 1), STOP, device=embeddings.device)))
     valid = F.pad(valid, (0, terms + stop), value=True)
-    hidden = network.hidden(torch.cat(parts, 1), valid, causal=False)
-    return hidden[:, length - 1 : length - 1 + terms]
+    read = slice(length - 1, length - 1 + (terms if count is None else count))
+    return network.hidden(torch.cat(parts, 1), valid, causal=False, read=read)
 
 
 class ParallelPolicy(TokenPolicy):
@@ -37,7 +38,7 @@ class ParallelPolicy(TokenPolicy):
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
         terms = self.chunk * self.action_spec.dim
-        hidden = parallel_hidden(self, inputs)[:, :terms]
+        hidden = parallel_hidden(self, inputs, terms)
         logits, distribution = self.logits(hidden), self.distribution
         if deterministic:
             return ActionSample(self.actions(distribution.likeliest(logits)), {}, None, self._value(hidden))
@@ -45,7 +46,7 @@ class ParallelPolicy(TokenPolicy):
         return ActionSample(self.actions(trace["tokens"]), trace, log_prob, self._value(hidden))
 
     def hidden(self, inputs: Inputs, tokens: Tensor | None = None) -> Tensor:
-        return parallel_hidden(self, inputs)[:, : 1 if tokens is None else tokens.shape[1]]
+        return parallel_hidden(self, inputs, 1 if tokens is None else tokens.shape[1])
 
 
 class RegressionPolicy(OpenVLAPolicy):

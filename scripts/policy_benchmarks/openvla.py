@@ -13,13 +13,13 @@ from policy_benchmarks.measuring import Bench
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from embodied_rl.policies.check import synthesise
 from embodied_rl.policies.openvla.architecture import SIZES, Architecture
 from embodied_rl.policies.openvla.autoregressive import AutoregressivePolicy
 from embodied_rl.policies.openvla.config import OpenVLAConfig, OpenVLAOFTConfig
-from embodied_rl.policies.openvla.lean_llama import LeanMLP, LeanRMSNorm, make_lean
+from embodied_rl.policies.openvla.lean_llama import LeanLastLayer, LeanMLP, LeanRMSNorm, make_lean
 from embodied_rl.policies.openvla.parallel import ParallelPolicy
 from embodied_rl.policies.openvla.tokens import ACTION_TOKENS
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
@@ -38,7 +38,7 @@ TRAINED = {"": 0, "_lora": 16}
 """What the updates train, as part of the key, and the rank of its adapters: all weights of the language model, or
 adapters as in published recipes."""
 
-USUAL = {LeanRMSNorm: LlamaRMSNorm, LeanMLP: LlamaMLP}
+USUAL = {LeanRMSNorm: LlamaRMSNorm, LeanMLP: LlamaMLP, LeanLastLayer: LlamaDecoderLayer}
 
 
 def architecture(scale: str) -> Architecture:
@@ -175,7 +175,7 @@ def _usual(policy: Any) -> Iterator[Any]:
             module.__class__ = USUAL[type(module)]
     yield language
     language.config._attn_implementation = ours
-    make_lean(language)
+    make_lean(language.model)
 
 
 def _prefer_actions(policy: Any) -> None:

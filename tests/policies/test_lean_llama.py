@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from openvla_toys import TINY
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, StaticCache
 
 from embodied_rl.policies.openvla.lean_llama import make_lean
+from embodied_rl.policies.openvla.network import OpenVLANetwork
 
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
@@ -70,6 +72,27 @@ def test_less_is_kept_for_the_backward_pass(models: tuple[LlamaModel, LlamaModel
     layers, gated = 2, 96 / 32
     # The activated gate of every layer and the normalised state of every norm, the last one's included.
     assert usual - lean >= layers * gated * activation + (2 * layers + 1) * activation
+
+
+@pytest.mark.parametrize(("causal", "cached"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("read", [slice(-1, None), slice(3, None), slice(2, 5), slice(0, 1), slice(None)], ids=str)
+def test_the_last_layer_computes_what_is_read(causal: bool, cached: bool, padded: bool, read: slice) -> None:
+    torch.manual_seed(1)
+    network = OpenVLANetwork(TINY)
+    embeddings, valid = torch.randn(2, 7, TINY.text["hidden_size"]), torch.ones(2, 9 if cached else 7, dtype=torch.bool)
+    if padded:
+        valid[0, 1:3] = False
+    caches: list[Any] = [
+        StaticCache(config=network.language_model.config, max_cache_len=9) if cached else None for _ in range(2)
+    ]
+    with torch.no_grad(), network.caching():
+        everything = network.hidden(embeddings, valid, causal, cache=caches[0])
+        some = network.hidden(embeddings, valid, causal, read=read, cache=caches[1])
+    torch.testing.assert_close(some, everything[:, read], rtol=0, atol=1e-6)
+    if cached:
+        kept = [cache.layers[-1].keys for cache in caches]
+        assert torch.equal(kept[0], kept[1]) and kept[0].abs().sum() > 0
 
 
 def test_names_and_shapes_of_parameters_stay(models: tuple[LlamaModel, LlamaModel]) -> None:
