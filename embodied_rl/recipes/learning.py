@@ -110,7 +110,7 @@ def fetch_reach_rlpd() -> RunConfig:
         "fetch_reach_rlpd",
         "FetchReach-v4",
         algorithm,
-        env_steps=5000,
+        env_steps=3000,
         episode=50,
         demonstrations=DemonstrationsConfig(episodes=20, noise=0.3),
     )
