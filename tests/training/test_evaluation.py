@@ -80,6 +80,8 @@ def test_a_run_is_evaluated_again_with_the_same_result(tmp_path: Path) -> None:
         name: final[name] for name in ("successes", "mean_return", "mean_length")
     }
     assert evaluate_run(tmp_path / "run", episodes=6, seed=1)["mean_return"] != again["mean_return"]
+    with pytest.raises(UserError, match="2 workers for 1 environments"):
+        evaluate_run(tmp_path / "run", 6, settings=["--simulator.num-envs", "1"])
 
 
 def test_what_is_withheld_is_not_seen() -> None:
