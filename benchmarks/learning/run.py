@@ -1,8 +1,7 @@
 """Do our algorithms learn as well as the libraries they are known from?
 
-    uv sync --group peers
-    uv run python benchmarks/learning/run.py --results benchmarks/results/learning.json
-    uv run python benchmarks/learning/run.py pendulum_sac --seeds 3 4 --results benchmarks/results/learning.json
+    uv run --group peers python benchmarks/learning/run.py --results benchmarks/results/learning.json
+    uv run --group peers python benchmarks/learning/run.py pendulum_sac --seeds 3 4 --results learning.json
 
 Ours is `embodied-rl train RECIPE`, the other side `peers.py`; they alternate, seed by seed, each in processes of its
 own with one thread and equal budgets, and are judged by the same evaluation on the same episodes. The file of results
@@ -96,7 +95,7 @@ def read(file: Path | None) -> dict[str, Runs]:
 def write(file: Path, known: dict[str, Runs]) -> None:
     """Results and curves."""
     content = {
-        "command": f"uv run python benchmarks/learning/run.py --results {file}",
+        "command": f"uv run --group peers python benchmarks/learning/run.py --results {file}",
         "machine": f"{os.cpu_count()} CPU cores, one thread for each run, {platform.machine()}",
         "summary": {case: summary(CASES[case], runs) for case, runs in known.items()},
         "runs": known,
