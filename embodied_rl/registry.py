@@ -113,6 +113,7 @@ policies = Registry(
         "squashed_gaussian_cnn": "embodied_rl.policies.squashed_gaussian:SquashedGaussianCNNConfig",
         "squashed_gaussian_mlp": "embodied_rl.policies.squashed_gaussian:SquashedGaussianMLPConfig",
         "tiny_vla": "embodied_rl.policies.tiny_vla:TinyVLAConfig",
+        "token_mlp": "embodied_rl.policies.token_mlp:TokenMLPConfig",
     },
 )
 algorithms = Registry(
@@ -175,7 +176,12 @@ recipes = Registry(
         "pendulum_sac": "embodied_rl.recipes.learning:pendulum_sac",
         "ppo": "embodied_rl.recipes.from_scratch:ppo",
         "quickstart": "embodied_rl.recipes.quickstart:quickstart",
+        "quickstart_dapo": "embodied_rl.recipes.quickstart:quickstart_dapo",
+        "quickstart_dsrl": "embodied_rl.recipes.quickstart:quickstart_dsrl",
+        "quickstart_grpo": "embodied_rl.recipes.quickstart:quickstart_grpo",
         "quickstart_ppo": "embodied_rl.recipes.quickstart:quickstart_ppo",
+        "quickstart_reinforce": "embodied_rl.recipes.quickstart:quickstart_reinforce",
+        "quickstart_token_grpo": "embodied_rl.recipes.quickstart:quickstart_token_grpo",
         "small_vla_grpo": "embodied_rl.recipes.small_vla:small_vla_grpo",
         "small_vla_ppo": "embodied_rl.recipes.small_vla:small_vla_ppo",
     },

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from embodied_rl.algorithms.flow_actor_critic import FlowActorCriticConfig
+from embodied_rl.algorithms.grpo import DAPOConfig, GRPOConfig, ReinforcePlusPlusConfig
 from embodied_rl.algorithms.imitation import ImitationConfig
 from embodied_rl.algorithms.ppo import PPOConfig
+from embodied_rl.algorithms.sac import SACConfig
 from embodied_rl.config import DemonstrationsConfig, EvaluationConfig, RunConfig, TrainingConfig
 from embodied_rl.policies.flow_mlp import FlowMLPConfig
+from embodied_rl.policies.token_mlp import TokenMLPConfig
 from embodied_rl.simulators.maniskill.config import ManiSkillConfig
 
 
@@ -60,3 +64,56 @@ def quickstart_ppo() -> RunConfig:
             start.training, env_steps=500_000, decisions_per_iteration=64, retry_failed=0.0, evaluate_every=10
         ),
     )
+
+
+def quickstart_grpo() -> RunConfig:
+    """The same clone improved by GRPO: eight episodes from each of eight initial states, judged by their success."""
+    return _groups("quickstart_grpo", GRPOConfig(**_STEPS))
+
+
+def quickstart_dapo() -> RunConfig:
+    """The same by DAPO: groups that all succeed or all fail are replaced by others."""
+    return _groups("quickstart_dapo", DAPOConfig(**_STEPS))
+
+
+def quickstart_reinforce() -> RunConfig:
+    """The same by REINFORCE++: 64 initial states, compared over the batch."""
+    return _groups("quickstart_reinforce", ReinforcePlusPlusConfig(gamma=0.95, **_STEPS))
+
+
+def quickstart_token_grpo() -> RunConfig:
+    """The same demonstrations cloned by a policy that acts in tokens, and GRPO."""
+    run = _groups("quickstart_token_grpo", GRPOConfig(**_STEPS))
+    return replace(run, policy=TokenMLPConfig())
+
+
+def quickstart_dsrl() -> RunConfig:
+    """The same clone stays as it is: soft actor-critic chooses the noise that it starts from (DSRL)."""
+    start = quickstart()
+    algorithm = SACConfig(
+        steer="chunk",
+        learning_rate=5e-4,
+        critic_learning_rate=5e-4,
+        batch_size=256,
+        gamma=0.95,
+        gamma_per="decision",
+        shaping=1.0,
+        critic_norm="layer",
+        actor_q="mean",
+        entropy_backup=False,
+        initial_temperature=0.02,
+        learning_starts=4000,
+    )
+    training = replace(start.training, env_steps=120_000, retry_failed=0.0, converged_clone_steps=0)
+    return replace(start, recipe="quickstart_dsrl", algorithm=algorithm, training=training)
+
+
+_STEPS: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 4, "minibatches": 4, "target_kl": 0.5}
+
+
+def _groups(name: str, algorithm: GRPOConfig) -> RunConfig:
+    """`quickstart_ppo` with whole episodes, for five minutes."""
+    start = quickstart_ppo()
+    training = replace(start.training, env_steps=120_000, stop_at_success=0.9, converged_clone_steps=0)
+    simulator = replace(start.simulator, max_steps=50)  # PickCube's own
+    return replace(start, recipe=name, simulator=simulator, algorithm=algorithm, training=training)

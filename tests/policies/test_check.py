@@ -13,16 +13,19 @@ import torch.nn.functional as F
 
 from embodied_rl.errors import ContractError
 from embodied_rl.policies import check
+from embodied_rl.policies.categorical_mlp import CategoricalMLPConfig
 from embodied_rl.policies.check import synthesise
 from embodied_rl.policies.flow_mlp import FlowMLP, FlowMLPConfig
 from embodied_rl.policies.gaussian_mlp import GaussianMLP, GaussianMLPConfig
 from embodied_rl.policies.squashed_gaussian import SquashedGaussianCNNConfig, SquashedGaussianMLPConfig
 from embodied_rl.policies.tiny_vla import TinyVLAConfig
+from embodied_rl.policies.token_mlp import TokenMLPConfig
 from embodied_rl.registry import policies
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec
 
 OBSERVATION = ObservationSpec(state=5)
 ACTION = ActionSpec((-1.0, -2.0), (1.0, 2.0), (0.0, 0.0))
+CHOICES = ActionSpec((0.0,), (3.0,), (0.0,), control="discrete", choices=4)
 
 
 class SharesMemory(FlowMLP):
@@ -263,6 +266,7 @@ CNN = SquashedGaussianCNNConfig(chunk=2, hidden=(16,), channels=(4, 4), image_fe
 
 
 EVERY = {
+    "categorical_mlp": lambda: CategoricalMLPConfig(hidden=(16,)).build(OBSERVATION, CHOICES),
     "flow_mlp": lambda: build(FlowMLP),
     "gaussian_mlp": lambda: build(GaussianMLP),
     "gr00t": lambda: gr00t_toys.build(),
@@ -273,6 +277,7 @@ EVERY = {
     "squashed_gaussian_cnn": lambda: CNN.build(SEEN, ACTION),
     "squashed_gaussian_mlp": lambda: SquashedGaussianMLPConfig(chunk=2, hidden=(16,)).build(OBSERVATION, ACTION),
     "tiny_vla": lambda: TinyVLAConfig(network=TINY_VLA).build(SEEN, ACTION),
+    "token_mlp": lambda: TokenMLPConfig(chunk=2, hidden=(16,)).build(OBSERVATION, ACTION),
 }
 LEROBOT = {"lerobot", "lerobot_act", "smolvla"}
 """Policies of folders that LeRobot writes, which is slow to import: checked in test_lerobot.py and test_smolvla.py."""

@@ -1,0 +1,135 @@
+"""A policy that acts in tokens: every dimension of every action of the chunk is one of a few bins, all chosen at once
+from the state, as OpenVLA-OFT's discrete head does from images (arXiv 2502.19645)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from embodied_rl.errors import UserError
+from embodied_rl.policies.base import Inputs, Policy
+from embodied_rl.policies.mlp import ActionScale, Activation, StateNormaliser, mlp, prepare_state, state_spec
+from embodied_rl.policies.openvla.tokens import TokenDistribution
+from embodied_rl.policies.value_head import ValueHead
+from embodied_rl.randomness import RowNoise
+from embodied_rl.specs import ActionSpec, ObservationSpec
+from embodied_rl.types import ActionSample, Array, Observation, Score
+
+
+@dataclass(frozen=True)
+class TokenMLPConfig:
+    """The token policy of states."""
+
+    state: tuple[str, ...] = ()
+    """Names of the simulator's state that the policy sees, in its order; "hand" means all of "hand.0", "hand.1", ...;
+    () = the whole state."""
+    horizon: int = 4
+    """H, predicted actions."""
+    chunk: int = 4
+    """K, executed actions."""
+    bins: int = 33
+    """Tokens of an action dimension, evenly from its lowest to its highest value; an odd number has the middle, too."""
+    temperature: float = 1.0
+    """Logits are divided by it to draw and score tokens, not to imitate; above 0."""
+    hidden: tuple[int, ...] = (256, 256, 256)
+    """Widths of the logits' MLP."""
+    activation: Activation = "silu"
+    value_hidden: tuple[int, ...] = (256, 256)
+    """Widths of the value head."""
+    value_activation: Activation = "tanh"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunk <= self.horizon:
+            raise UserError(f"token_mlp: needs 1 <= chunk <= horizon, got {self.chunk} and {self.horizon}")
+        if self.bins < 2 or not self.temperature > 0:
+            raise UserError(
+                f"token_mlp: needs bins >= 2 and a temperature above 0, got {self.bins} and {self.temperature}"
+            )
+
+    def build(self, observation_spec: ObservationSpec, action_spec: ActionSpec) -> TokenMLP:
+        """The policy for a simulator with these specs; raises `SpecError` when it cannot serve them."""
+        return TokenMLP(self, observation_spec, action_spec)
+
+
+class TokenMLP(Policy):
+    """softmax(MLP(normalised state) / temperature) over the bins of each action dimension, L = K*A terms. The trace:
+    "tokens" int64 [B,L], "temperature" [B]."""
+
+    def __init__(self, config: TokenMLPConfig, observation_spec: ObservationSpec, action_spec: ActionSpec) -> None:
+        super().__init__()
+        self.observation_spec = state_spec("token_mlp", observation_spec, config.state)
+        self.action_spec = action_spec
+        self.horizon, self.chunk = config.horizon, config.chunk
+        self.bins = config.bins
+        self.distribution = TokenDistribution(first=0, temperature=config.temperature)
+        size, outputs = self.observation_spec.state, config.horizon * action_spec.dim * config.bins
+        self.normaliser = StateNormaliser(size)
+        self.action_scale = ActionScale(action_spec)
+        self.network = mlp(size, config.hidden, config.activation, outputs)
+        self.value_head = ValueHead(size, config.value_hidden, config.value_activation)
+
+    def set_statistics(self, mean: Array, std: Array) -> None:
+        """Normalise states with these statistics [S] from now on."""
+        self.normaliser.fit(mean, std)
+
+    def prepare(self, observation: Observation) -> Inputs:
+        return prepare_state(observation, self.device)
+
+    @torch.no_grad()
+    def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
+        """A deterministic sample takes the likeliest bin of each dimension."""
+        logits, value = self._executed(inputs), self.value(inputs)
+        if deterministic:
+            return ActionSample(self.actions(self.distribution.likeliest(logits)), {}, None, value)
+        rows, terms = logits.shape[:2]
+        drawn = torch.rand(rows, terms) if noise is None else torch.from_numpy(noise.uniform(terms))
+        trace, log_prob = self.distribution.draw(logits, drawn.to(logits))
+        return ActionSample(self.actions(trace["tokens"]), trace, log_prob, value)
+
+    def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
+        log_prob, entropy = self.distribution.score(self._executed(inputs), trace)
+        term_step = torch.arange(self.chunk, device=log_prob.device).repeat_interleave(self.action_spec.dim)
+        return Score(log_prob, entropy, term_step)
+
+    def value(self, inputs: Inputs) -> Tensor:
+        return self.value_head(self.features(inputs))
+
+    def imitation_loss(self, inputs: Inputs, actions: Tensor, valid: Tensor) -> Tensor:
+        """[B], the mean cross entropy of the valid steps' tokens."""
+        keep = valid.repeat_interleave(actions.shape[-1], 1)
+        tokens = self.tokens(torch.where(valid[..., None], actions, 0.0))
+        loss = F.cross_entropy(self.logits(inputs).transpose(1, 2), tokens, reduction="none")
+        return torch.where(keep, loss, 0.0).sum(1) / keep.sum(1).clamp_min(1)
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """The normalised state [B,S]."""
+        return self.normaliser(inputs["state"])
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """[B,H*A,bins]."""
+        return self.network(self.features(inputs)).unflatten(1, (-1, self.bins))
+
+    def tokens(self, actions: Tensor) -> Tensor:
+        """The bins [B,*A] nearest to simulator actions [B,*,A]."""
+        unit = (self.action_scale.to_network(actions).clamp(-1, 1) + 1) / 2
+        return (unit * (self.bins - 1)).round().long().flatten(1)
+
+    def actions(self, tokens: Tensor) -> Tensor:
+        """Simulator actions [B,*,A] of bins [B,*A]."""
+        x = tokens.float() * (2 / (self.bins - 1)) - 1
+        return self.action_scale.to_simulator(x.unflatten(1, (-1, self.action_spec.dim)))
+
+    def trace(self, actions: Tensor) -> dict[str, Tensor]:
+        """What `evaluate_actions` scores `actions` [B,K,A] of any origin by."""
+        tokens = self.tokens(actions)
+        return {
+            "tokens": tokens,
+            "temperature": torch.full_like(tokens[:, 0], self.distribution.temperature, dtype=torch.float32),
+        }
+
+    def _executed(self, inputs: Inputs) -> Tensor:
+        """Logits of the executed actions, [B,K*A,bins]."""
+        return self.logits(inputs)[:, : self.chunk * self.action_spec.dim]
