@@ -280,3 +280,8 @@ def test_settings_that_make_no_sense_are_refused(wrong):
 def test_chunks_want_their_discount_chosen():
     with pytest.raises(UserError, match="gamma_per"):
         IQLConfig().build(toy().policy, 0)
+
+
+def test_the_rewards_of_several_decisions_enter_a_target():
+    batches = [toy(n_step=n, gamma_per="decision").draw(Bandit(), np.random.default_rng(0)) for n in (1, 3)]
+    torch.testing.assert_close(batches[1]["reward"], (1 + 0.9 + 0.9**2) * batches[0]["reward"])
