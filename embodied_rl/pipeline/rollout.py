@@ -7,14 +7,15 @@ episode it is, and hence the noise of every decision.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from embodied_rl.errors import UserError
+from embodied_rl.pipeline.segment import Memory, Segment, required
 from embodied_rl.policies.base import Inputs, Policy
 from embodied_rl.randomness import RowNoise
 from embodied_rl.simulators.base import WAIT, Simulator
@@ -97,6 +98,9 @@ class RolloutWorker:
         self.env_steps = 0
         """Valid environment steps so far."""
         self.lost_episodes = 0
+        self.check: Callable[[], object] = lambda: None
+        """Called at every decision of a collection, which ends when this raises."""
+        self._memory = Memory()
 
     def restart(self, tickets: TicketCounter) -> None:
         """Abandon what runs and start fresh episodes in every row, with tickets from `tickets`."""
@@ -155,13 +159,24 @@ class RolloutWorker:
         self._inputs = self._prepare(result.observation)
         return Decision(inputs, self._sample, result, self._inputs, final, tickets)
 
+    @property
+    def groups(self) -> Sequence[RolloutWorker]:
+        """Which take turns: while the policy decides for one, the simulators of the others execute."""
+        return [self]
+
     def collect(self, decisions: int, version: int) -> Trajectory:
         """A segment of `decisions` decisions for an on-policy learner, in weights `version`."""
-        steps: list[Decision] = []
-        for _ in range(decisions):
-            self.begin()
-            steps.append(self.finish())
-        return self._trajectory(steps, version)
+        segment = Segment(decisions, self.simulator.num_envs, self.policy, self._memory)
+        for group in self.groups:
+            group.begin()
+        for t in range(decisions):
+            self.check()
+            for group, rows in self._rows():
+                step = group.finish()
+                if t + 1 < decisions:
+                    group.begin()
+                segment.write(t, rows, step)
+        return segment.trajectory(version)
 
     def collect_episodes(self, tickets: range, version: int) -> EpisodeBatch:
         """Run the episodes `tickets` once each, from start to end, in weights `version`; rows without one wait.
@@ -171,67 +186,51 @@ class RolloutWorker:
         self.restart(TicketCounter(tickets.start, tickets.stop))
         parts: list[EpisodeBatch] = []
         lost: dict[int, int] = {}
-        done = 0
-        while done < len(tickets):
-            self.begin()
-            step = self.finish()
-            lost |= dict.fromkeys(step.tickets[step.result.lost].tolist(), len(parts))
-            parts.append(self._decisions_of(step, version))
-            done += len(step.result.episodes)
+        running = [(group, rows) for group, rows in self._rows() if group.running]
+        for group, _ in running:
+            group.begin()
+        while running:
+            self.check()
+            for group, rows in running:
+                step = group.finish()
+                if group.running:
+                    group.begin()
+                lost |= dict.fromkeys(step.tickets[step.result.lost].tolist(), len(parts))
+                parts.append(self._decisions_of(step, rows.start, version))
+            running = [(group, rows) for group, rows in running if group.running]
         if lost:  # nothing of a lost episode is learned from
             for at, part in enumerate(parts):
                 keep = torch.tensor([at > lost.get(ticket, -1) for ticket in part.tickets.tolist()], dtype=torch.bool)
                 parts[at] = combine([part], lambda tensors, keep=keep: tensors[0][keep.to(tensors[0].device)])
         return combine(parts, torch.cat)
 
-    def _decisions_of(self, step: Decision, version: int) -> EpisodeBatch:
-        """The rows of a decision that have a valid step."""
+    @property
+    def running(self) -> bool:
+        """Some row has an episode to go on with."""
+        return bool((self.tickets != WAIT).any())
+
+    def _rows(self) -> Iterator[tuple[RolloutWorker, slice]]:
+        """The groups and which of the N rows are theirs."""
+        start = 0
+        for group in self.groups:
+            stop = start + group.simulator.num_envs
+            yield group, slice(start, stop)
+            start = stop
+
+    def _decisions_of(self, step: Decision, first: int, version: int) -> EpisodeBatch:
+        """The rows of a decision that have a valid step; its rows are those from `first` on."""
         live = step.result.valid.any(axis=1)
         rows = torch.from_numpy(np.flatnonzero(live)).to(self.policy.device)
         sample, result = step.sample, step.result
         return EpisodeBatch(
             inputs={key: tensor[rows] for key, tensor in step.inputs.items()},
             trace={key: tensor[rows] for key, tensor in sample.trace.items()},
-            log_prob=_required(sample.log_prob)[rows],
+            log_prob=required(sample.log_prob)[rows],
             reward=torch.from_numpy(result.reward[live]).to(self.policy.device),
             valid=torch.from_numpy(result.valid[live]).to(self.policy.device),
             tickets=torch.from_numpy(step.tickets[live]),
             version=version,
-            episodes=result.episodes,
-        )
-
-    @torch.no_grad()
-    def _trajectory(self, steps: list[Decision], version: int) -> Trajectory:
-        def stack(name: str) -> torch.Tensor:
-            return torch.from_numpy(np.stack([getattr(step.result, name) for step in steps])).to(self.policy.device)
-
-        valid = stack("valid")
-        tickets = np.stack([step.tickets for step in steps])
-        for t, step in enumerate(steps):  # nothing of a lost episode is learned from
-            for row in np.flatnonzero(step.result.lost):
-                valid[: t + 1, row][torch.from_numpy(tickets[: t + 1, row] == tickets[t, row])] = False
-        final_value = torch.zeros(valid.shape[:2], device=self.policy.device)
-        for t, step in enumerate(steps):
-            if step.final_inputs is not None:
-                cut = torch.from_numpy(step.result.truncated[step.result.final_rows].any(axis=1))
-                if cut.any():
-                    rows = torch.from_numpy(step.result.final_rows)[cut]
-                    final_value[t, rows] = self.policy.value({k: v[cut] for k, v in step.final_inputs.items()})
-        return Trajectory(
-            inputs={key: torch.stack([step.inputs[key] for step in steps]) for key in steps[0].inputs},
-            trace={key: torch.stack([step.sample.trace[key] for step in steps]) for key in steps[0].sample.trace},
-            actions=torch.stack([step.sample.actions for step in steps]),
-            log_prob=torch.stack([_required(step.sample.log_prob) for step in steps]),
-            value=torch.stack([_required(step.sample.value) for step in steps]),
-            last_value=self.policy.value(steps[-1].next_inputs),
-            final_value=final_value,
-            reward=stack("reward"),
-            terminated=stack("terminated"),
-            truncated=stack("truncated"),
-            valid=valid,
-            tickets=torch.from_numpy(tickets),
-            version=version,
-            episodes=[episode for step in steps for episode in step.result.episodes],
+            episodes=[replace(episode, env_id=first + episode.env_id) for episode in result.episodes],
         )
 
     def _prepare(self, observation: Observation) -> Inputs:
@@ -260,11 +259,3 @@ def combine(parts: Sequence[EpisodeBatch], function: Callable[[list[torch.Tensor
     names = ("inputs", "trace", "log_prob", "reward", "valid", "tickets")
     episodes = [episode for part in parts for episode in part.episodes]
     return EpisodeBatch(**{name: each(name) for name in names}, version=parts[0].version, episodes=episodes)
-
-
-def _required(tensor: torch.Tensor | None) -> torch.Tensor:
-    if tensor is None:
-        raise UserError(
-            "the policy gives no log-probs or no value, so this algorithm has nothing to improve: choose another"
-        )
-    return tensor

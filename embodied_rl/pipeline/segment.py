@@ -1,0 +1,109 @@
+"""A segment of an on-policy rollout, written while it is collected, and the memory it is written to."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embodied_rl.errors import UserError
+from embodied_rl.policies.base import Policy
+from embodied_rl.types import Episode, Trajectory
+
+if TYPE_CHECKING:
+    from embodied_rl.pipeline.rollout import Decision
+
+
+class Memory:
+    """Makes tensors for segments, in the memory of earlier ones that nobody refers to any more: writing to memory that
+    is fresh from the operating system takes several times as long."""
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
+        """With the array that was lent last."""
+
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """`shape` with whatever numbers, of the kind of `like` and on its device."""
+        if like.device.type != "cpu":  # torch keeps such memory itself
+            return like.new_empty(shape)
+        # A tensor and all its views keep alive the array that they were made from.
+        return torch.from_numpy(self._lend(math.prod(shape) * like.itemsize)).view(like.dtype).view(shape)
+
+    def _lend(self, size: int) -> np.ndarray:
+        free = (i for i, (block, lent) in enumerate(self._blocks) if block.nbytes == size and lent() is None)
+        at = next(free, len(self._blocks))
+        block = self._blocks.pop(at)[0] if at < len(self._blocks) else np.empty(size, np.uint8)
+        lent = block.view()
+        self._blocks.append((block, weakref.ref(lent)))
+        return lent
+
+
+class Segment:
+    """T decisions of N rows, to which each group of rows adds its decisions when they are done."""
+
+    def __init__(self, decisions: int, num_envs: int, policy: Policy, memory: Memory) -> None:
+        self._shape = decisions, num_envs
+        self._policy = policy
+        self._memory = memory
+        self._parts: dict[str, dict[str, Tensor]] = {}
+        self._final_value = torch.zeros(self._shape, device=policy.device)
+        self._last_value = torch.zeros(num_envs, device=policy.device)
+        self._episodes: list[Episode] = []
+
+    @torch.no_grad()
+    def write(self, t: int, rows: slice, step: Decision) -> None:
+        """Add decision `t` of `rows`."""
+        sample, result = step.sample, step.result
+        names = ("reward", "terminated", "truncated", "valid")
+        plain = {name: torch.from_numpy(getattr(result, name)).to(self._policy.device) for name in names}
+        plain |= {"actions": sample.actions, "log_prob": required(sample.log_prob), "value": required(sample.value)}
+        plain["tickets"] = torch.from_numpy(step.tickets)
+        for part, tensors in {"inputs": step.inputs, "trace": sample.trace, "plain": plain}.items():
+            arrays = self._parts.setdefault(part, {})
+            for name, tensor in tensors.items():
+                if name not in arrays:
+                    arrays[name] = self._memory.empty((*self._shape, *tensor.shape[1:]), tensor)
+                arrays[name][t, rows] = tensor
+        self._drop_lost(t, rows, step)
+        if step.final_inputs is not None:
+            cut = torch.from_numpy(result.truncated[result.final_rows].any(axis=1))
+            if cut.any():
+                ended = rows.start + torch.from_numpy(result.final_rows)[cut]
+                self._final_value[t, ended] = self._policy.value({k: v[cut] for k, v in step.final_inputs.items()})
+        if t == self._shape[0] - 1:
+            self._last_value[rows] = self._policy.value(step.next_inputs)
+        self._episodes += [replace(episode, env_id=rows.start + episode.env_id) for episode in result.episodes]
+
+    def trajectory(self, version: int) -> Trajectory:
+        """All that was written, in weights `version`."""
+        plain: dict[str, Any] = self._parts["plain"]
+        return Trajectory(
+            inputs=self._parts["inputs"],
+            trace=self._parts["trace"],
+            last_value=self._last_value,
+            final_value=self._final_value,
+            version=version,
+            episodes=self._episodes,
+            **plain,
+        )
+
+    def _drop_lost(self, t: int, rows: slice, step: Decision) -> None:
+        """Nothing of a lost episode is learned from."""
+        valid, tickets = self._parts["plain"]["valid"], self._parts["plain"]["tickets"]
+        for row in rows.start + np.flatnonzero(step.result.lost):
+            mine = tickets[: t + 1, row] == tickets[t, row]
+            valid[: t + 1, row][mine.to(valid.device)] = False
+
+
+def required(tensor: Tensor | None) -> Tensor:
+    """`tensor`; raises `UserError` for a policy that gives none."""
+    if tensor is None:
+        raise UserError(
+            "the policy gives no log-probs or no value, so this algorithm has nothing to improve: choose another"
+        )
+    return tensor
