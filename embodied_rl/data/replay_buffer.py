@@ -76,7 +76,7 @@ class ReplayBuffer:
         without a valid step are not recorded; rows that are `lost` take their running episode with them.
         """
         if not self._records:
-            self._allocate(inputs, actions)
+            self._allocate(inputs, actions, valid.shape[1])
         ended = terminated | truncated
         recorded = valid.any(axis=1) & ~lost
         if not np.array_equal(np.flatnonzero(ended & recorded), final_rows):
@@ -186,11 +186,10 @@ class ReplayBuffer:
         self._successes = int(state["successes"])
         self._index = self._successful_index = None
 
-    def _allocate(self, inputs: Inputs, actions: np.ndarray) -> None:
+    def _allocate(self, inputs: Inputs, actions: np.ndarray, steps: int) -> None:
         total = self.num_envs * self._slots
         self._inputs = {name: np.zeros((total, *column.shape[1:]), column.dtype) for name, column in inputs.items()}
-        step = actions.shape[1:2]
-        kinds = {"actions": (actions.shape[1:], np.float32), "reward": (step, np.float32), "valid": (step, bool)}
+        kinds = {"actions": (actions.shape[1:], np.float32), "reward": ((steps,), np.float32), "valid": ((steps,), bool)}
         kinds |= {"ticket": ((), np.int64), "potential": ((), np.float32)}
         self._records = {}
         for name in _FIELDS:

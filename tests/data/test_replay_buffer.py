@@ -238,3 +238,14 @@ def test_final_rows_must_be_the_rows_that_ended():
     arguments["final_rows"] = np.array([0])
     with pytest.raises(ValueError, match="final_rows"):
         ReplayBuffer(12, 2).add(**arguments)
+
+
+def test_one_choice_may_stand_for_a_chunk_of_several_steps():
+    """As the noise that a flow starts from does."""
+    buffer = ReplayBuffer(6, 1)
+    arguments = decision(actions_of, [3], [4], [0], [("terminate", False)])
+    buffer.add(**arguments | {"actions": np.full((1, 1, 7), 0.5, np.float32)})
+    data = buffer.sample(2, np.random.default_rng(0))
+    assert (data["actions"] == 0.5).all() and data["actions"].shape == (2, 1, 7)
+    np.testing.assert_array_equal(data["valid"][0, 0], arguments["valid"][0])
+    np.testing.assert_array_equal(data["reward"][0, 0], np.where(arguments["valid"][0], arguments["reward"][0], 0))
