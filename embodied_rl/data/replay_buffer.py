@@ -189,8 +189,8 @@ class ReplayBuffer:
     def _allocate(self, inputs: Inputs, actions: np.ndarray, steps: int) -> None:
         total = self.num_envs * self._slots
         self._inputs = {name: np.zeros((total, *column.shape[1:]), column.dtype) for name, column in inputs.items()}
-        kinds = {"actions": (actions.shape[1:], np.float32), "reward": ((steps,), np.float32), "valid": ((steps,), bool)}
-        kinds |= {"ticket": ((), np.int64), "potential": ((), np.float32)}
+        kinds: dict[str, Any] = {"reward": ((steps,), np.float32), "valid": ((steps,), bool)}
+        kinds |= {"actions": (actions.shape[1:], np.float32), "ticket": ((), np.int64), "potential": ((), np.float32)}
         self._records = {}
         for name in _FIELDS:
             shape, kind = kinds.get(name, ((), bool))
