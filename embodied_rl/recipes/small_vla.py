@@ -45,8 +45,8 @@ def small_vla_ppo() -> RunConfig:
 
 
 def small_vla_grpo() -> RunConfig:
-    """The same clone improved by GRPO: eight episodes from each initial state, compared with each other. Without a value
-    function it takes more steps than PPO."""
+    """The same clone improved by GRPO: eight episodes from each initial state, compared with each other. Without a
+    value function it takes more steps than PPO."""
     start = small_vla_ppo()
     return replace(
         start,
