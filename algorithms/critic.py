@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -62,13 +63,18 @@ class CriticEnsemble(nn.Module):
             layers.append(EnsembleLinear(ensemble, size, width, generator))
             match norm:
                 case "layer":
-                    layers += [EnsembleLayerNorm(ensemble, width), nn.ReLU()]
+                    layers += [EnsembleLayerNorm(ensemble, width), nn.ReLU(inplace=True)]
                 case "batch_renorm":
-                    layers += [nn.ReLU(), BatchRenorm(width, ensemble)]
+                    layers += [nn.ReLU(inplace=True), BatchRenorm(width, ensemble)]
                 case "none":
-                    layers.append(nn.ReLU())
+                    layers.append(nn.ReLU(inplace=True))
         self.layers = nn.Sequential(*layers, EnsembleLinear(ensemble, sizes[-1], 1, generator))
         self.ensemble = ensemble
+
+    @functools.cached_property
+    def flat(self) -> list[Tensor]:
+        """All parameters; to find them takes as long as to average them."""
+        return list(self.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,inputs] -> [E,B]."""
@@ -94,11 +100,9 @@ class ExecutedChunk:
 
 
 @torch.no_grad()
-def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+def polyak(target: CriticEnsemble, source: CriticEnsemble, tau: float) -> None:
     """target <- (1 - tau) * target + tau * source."""
-    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-        list(target.parameters()), list(source.parameters()), tau
-    )
+    torch._foreach_lerp_(target.flat, source.flat, tau)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @torch.no_grad()

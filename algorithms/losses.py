@@ -1,7 +1,7 @@
 """Losses, as pure functions of tensors.
 
 Elementwise functions return one number per ratio; `aggregate` makes a loss of them. Masked entries never get a
-gradient, whatever they hold.
+gradient, whatever they hold; where a mask may be None, that is one of True everywhere and spares the time of masking.
 """
 
 from __future__ import annotations
@@ -24,28 +24,33 @@ def term_mask(valid: Tensor, term_step: Tensor, log_prob_mask: Tensor | None = N
 
 
 def segment_sums(
-    terms: Tensor, mask: Tensor, term_step: Tensor, steps: int, granularity: Granularity
-) -> tuple[Tensor, Tensor]:
+    terms: Tensor, mask: Tensor | None, term_step: Tensor, steps: int, granularity: Granularity
+) -> tuple[Tensor, Tensor | None]:
     """Sum the terms [B,L] that share a probability ratio: (sums, mask), each [B,L], [B,steps] or [B,1] for "token",
     "action" and "chunk". Masked terms add nothing; a sum without any term is masked. "action" needs `term_step` >= 0.
     """
-    terms = torch.where(mask, terms, 0.0)
+    terms = _kept(terms, mask)
     if granularity == "token":
         return terms, mask
     if granularity == "chunk":
-        return terms.sum(1, keepdim=True), mask.any(1, keepdim=True)
+        return terms.sum(1, keepdim=True), None if mask is None else mask.any(1, keepdim=True)
     index = term_step.expand(len(terms), -1)
     sums = terms.new_zeros(len(terms), steps).scatter_add(1, index, terms)
+    mask = torch.ones_like(terms, dtype=torch.bool) if mask is None else mask
     counts = terms.new_zeros(len(terms), steps).scatter_add(1, index, mask.to(terms.dtype))
     return sums, counts > 0
 
 
 def aggregate(
-    x: Tensor, mask: Tensor, over: Literal["terms", "rows"] = "terms", weight: Tensor | None = None
+    x: Tensor, mask: Tensor | None, over: Literal["terms", "rows"] = "terms", weight: Tensor | None = None
 ) -> Tensor:
     """Masked mean []: "terms" weighs every True entry of `mask` [B,M] alike, "rows" every row that has one, or by its
     `weight` [B]. 0 when nothing is True."""
-    x = torch.where(mask, x, 0.0)
+    if mask is None:
+        if over == "terms" or weight is None:
+            return x.mean()
+        mask = torch.ones_like(x, dtype=torch.bool)
+    x = _kept(x, mask)
     if over == "terms":
         return x.sum() / mask.sum().clamp(min=1)
     per_row = x.sum(1) / mask.sum(1).clamp(min=1)
@@ -57,7 +62,7 @@ def policy_loss(
     log_prob: Tensor,
     old_log_prob: Tensor,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
@@ -70,16 +75,17 @@ def policy_loss(
     `clipped` is True where the first bound cuts the gradient. Clip-higher: arXiv 2503.14476; dual clip (> 1):
     arXiv 1912.09729. `advantages` broadcasts.
     """
-    ratio = torch.where(mask, log_prob - old_log_prob, 0.0).exp()
+    ratio = _kept(log_prob - old_log_prob, mask).exp()
     plain = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(plain, bounded)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
-    return loss, (bounded > plain) & mask
+    clipped = bounded > plain
+    return loss, clipped if mask is None else clipped & mask
 
 
-def importance_weight(proximal: Tensor, behavior: Tensor, mask: Tensor, limit: float) -> Tensor:
+def importance_weight(proximal: Tensor, behavior: Tensor, mask: Tensor | None, limit: float) -> Tensor:
     """Weights of the decoupled objective of asynchronous PPO (arXiv 2505.24298), with the shape of the log-probs:
 
         w = exp(proximal - behavior), 0 where masked or w > limit
@@ -87,8 +93,9 @@ def importance_weight(proximal: Tensor, behavior: Tensor, mask: Tensor, limit: f
     `behavior` are the log-probs of the weights that acted, `proximal` those of the weights around which is clipped. The
     loss keeps the denominator it has without weights, so what is dropped does not make the rest count more.
     """
-    weight = torch.where(mask, proximal - behavior, 0.0).exp()
-    return torch.where(mask & (weight <= limit), weight, 0.0)
+    weight = _kept(proximal - behavior, mask).exp()
+    kept = weight <= limit
+    return torch.where(kept if mask is None else kept & mask, weight, 0.0)
 
 
 def interpolate(behavior: Tensor, log_prob: Tensor, lag: int) -> Tensor:
@@ -149,3 +156,7 @@ def advantage_weight(advantages: Tensor, inverse_temperature: float, limit: floa
     """Elementwise min(exp(inverse_temperature * A), limit), without a gradient: how much to imitate an action (arXiv
     1910.00177, equation 3)."""
     return (inverse_temperature * advantages.detach()).exp().clamp(max=limit)
+
+
+def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else torch.where(mask, x, 0.0)

@@ -102,6 +102,8 @@ def n_step_return(reward: Tensor, valid: Tensor, gamma: float, gamma_per: GammaP
     `reward`, `valid` [B,n,K] -> return [B], discount [B]; a decision without a valid step was not made and neither
     earns nor discounts. n = 1 is `chunk_return`.
     """
+    if reward.shape[1] == 1:
+        return chunk_return(reward[:, 0], valid[:, 0], gamma, gamma_per)
     earned, discount = chunk_return(reward, valid, gamma, gamma_per)
     discount = torch.where(valid.any(-1), discount, 1.0)
     before = torch.cat([torch.ones_like(discount[:, :1]), discount[:, :-1].cumprod(1)], 1)
@@ -113,10 +115,12 @@ def transitions(replay: dict[str, Any], config: TransitionConfig, device: torch.
     decision), "reward" [B] (scaled and shaped) and "discount" [B] (0 when terminated), from a sample of a `Replay`."""
     names = ("inputs", "next_inputs", "actions", "valid", "reward", "terminated", "potential", "next_potential")
     data = {name: to_device(replay[name], device) for name in names}
-    earned, discount = n_step_return(data["reward"], data["valid"], config.gamma, config.gamma_per or "step")
+    earned, discount = n_step_return(data["reward"], data["valid"], config.gamma, config.gamma_per or "decision")
     discount = torch.where(data.pop("terminated"), 0.0, discount)
-    shaping = discount * data.pop("next_potential") - data.pop("potential")
-    reward = config.reward_scale * earned + config.shaping * shaping
+    before, after = data.pop("potential"), data.pop("next_potential")
+    reward = config.reward_scale * earned
+    if config.shaping:
+        reward = reward + config.shaping * (discount * after - before)
     valid = data["valid"][:, 0, : data["actions"].shape[1]]
     return data | {"valid": valid, "reward": reward, "discount": discount}
 

@@ -49,18 +49,19 @@ def backward(loss: Tensor, optimizers: Optimizers, add: bool = False) -> dict[st
         if add and parameter.grad is not None:
             gradient = parameter.grad if gradient is None else parameter.grad + gradient
         parameter.grad = gradient
-    return {
-        name: nn.utils.get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
-        for name, group in parameters.items()
-    }
+    return {name: _norm(_gradients(group)) for name, group in parameters.items()}
 
 
 def apply(optimizers: Optimizers, norms: Mapping[str, Tensor], max_grad_norm: float) -> None:
     """Clip each optimizer's gradients by its own norm, step, and leave no gradient behind."""
     for name, optimizer in optimizers.items():
-        nn.utils.clip_grads_with_norm_(_parameters(optimizer), max_grad_norm, norms[name])
+        parameters = _parameters(optimizer)
+        if max_grad_norm < math.inf and (gradients := _gradients(parameters)):
+            scale = (max_grad_norm / (norms[name] + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def step(loss: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
@@ -85,3 +86,15 @@ def read_finite(tensors: Mapping[str, Tensor], update: int) -> dict[str, float]:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """[], of all of them as one vector; 0 of none."""
+    if not tensors:
+        return torch.zeros(())
+    each = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.linalg.vector_norm(torch.stack(each))

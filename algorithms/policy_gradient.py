@@ -116,6 +116,8 @@ class PolicyGradient(Algorithm):
         self.updates = 0
         self.lag = 0
         """Updates by which the weights that collected the current batch were behind."""
+        self.complete = False
+        """All actions of the current batch were executed: nothing needs a mask."""
 
     @property
     def staleness(self) -> int:
@@ -133,6 +135,7 @@ class PolicyGradient(Algorithm):
         rows = len(data["log_prob"])
         if rows == 0:
             return {"decisions": 0.0, "updates": 0.0}
+        self.complete = bool(data["valid"].all())
         seed_policy_draws(generator, self.policy.device)
         if self.config.staleness and self.config.proximal == "recomputed":
             data = data | {"proximal": self._scores(self.policy, data)}
@@ -164,9 +167,11 @@ class PolicyGradient(Algorithm):
                 f"algorithm.granularity 'action' needs log-prob terms per action, but {type(self.policy).__name__} "
                 f"scores the whole chunk: use 'chunk'"
             )
-        terms = term_mask(valid, score.term_step, score.log_prob_mask)
+        terms = score.log_prob_mask
+        if not self.complete:
+            terms = term_mask(valid, score.term_step, terms)
 
-        def sums(x: Tensor) -> tuple[Tensor, Tensor]:
+        def sums(x: Tensor) -> tuple[Tensor, Tensor | None]:
             return segment_sums(x, terms, score.term_step, valid.shape[1], config.granularity)
 
         log_prob, mask = sums(score.log_prob)
@@ -291,4 +296,4 @@ def tree_map(data: Any, function: Any) -> Any:
 
 def select(data: Batch, index: Tensor) -> Batch:
     """The rows `index` of every tensor."""
-    return tree_map(data, lambda tensor: tensor[index])
+    return tree_map(data, lambda tensor: tensor.index_select(0, index))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import UserError
 from embodied_rl.policies.base import Inputs, Policy
-from embodied_rl.policies.flow import gaussian_entropy, gaussian_log_prob
+from embodied_rl.policies.flow import LOG_2PI
 from embodied_rl.policies.mlp import (
     ActionScale,
     Activation,
@@ -85,18 +85,15 @@ class GaussianMLP(Policy):
         mean = self._mean(features)[:, : self.chunk]
         if deterministic:
             return ActionSample(self.action_scale.to_simulator(mean), {}, None, value)
-        std = self.log_std[: self.chunk].exp().expand_as(mean)
         drawn = torch.randn_like(mean) if noise is None else torch.from_numpy(noise.normal(*mean.shape[1:])).to(mean)
-        x = mean + std * drawn
-        log_prob = gaussian_log_prob(x, mean, std).flatten(1)
-        return ActionSample(self.action_scale.to_simulator(x), {"x": x}, log_prob, value)
+        x = mean + self.log_std[: self.chunk].exp() * drawn
+        return ActionSample(self.action_scale.to_simulator(x), {"x": x}, self._log_prob(x, mean), value)
 
     def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
         mean = self._mean(self.features(inputs))[:, : self.chunk]
-        std = self.log_std[: self.chunk].exp().expand_as(mean)
         term_step = torch.arange(self.chunk, device=mean.device).repeat_interleave(mean.shape[-1])
-        log_prob = gaussian_log_prob(trace["x"], mean, std)
-        return Score(log_prob.flatten(1), gaussian_entropy(std).flatten(1), term_step)
+        entropy = (self.log_std[: self.chunk] + 0.5 * (1 + LOG_2PI)).flatten().expand(len(mean), -1)
+        return Score(self._log_prob(trace["x"], mean), entropy, term_step)
 
     def trace(self, actions: Tensor) -> dict[str, Tensor]:
         """What `evaluate_actions` scores `actions` [B,K,A] of any origin by."""
@@ -121,6 +118,11 @@ class GaussianMLP(Policy):
     def features(self, inputs: Inputs) -> Tensor:
         """The normalised state [B,S]."""
         return self.normaliser(inputs["state"])
+
+    def _log_prob(self, x: Tensor, mean: Tensor) -> Tensor:
+        """log N(x; mean, exp(log_std)) of each of `x` [B,K,A], [B,K*A]."""
+        log_std = self.log_std[: self.chunk]
+        return (-0.5 * ((x - mean) * (-log_std).exp()).square() - (log_std + 0.5 * LOG_2PI)).flatten(1)
 
     def _mean(self, features: Tensor) -> Tensor:
         return self.mean(features).unflatten(1, (self.horizon, -1))

@@ -3,8 +3,9 @@ the network's."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -18,7 +19,12 @@ from embodied_rl.specs import ActionSpec, ObservationSpec, pick_state
 from embodied_rl.types import Array, Observation
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GELU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": functools.partial(nn.ReLU, inplace=True),  # linear layers do not need their output again
+    "tanh": nn.Tanh,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
 
 CLIP = 10.0
 """Bound of the normalised state: a dimension that hardly moves in the demonstrations may move far from them in RL."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embodied_rl.policies.base import Inputs, Policy
-from embodied_rl.policies.flow import gaussian_entropy, gaussian_log_prob
+from embodied_rl.policies.flow import LOG_2PI, gaussian_entropy, gaussian_log_prob
 from embodied_rl.policies.mlp import mlp
 from embodied_rl.randomness import RowNoise
 from embodied_rl.types import ActionSample, Score
@@ -52,7 +52,12 @@ class SquashedGaussian(nn.Module):
 def squashed_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Elementwise log-density of u = tanh(x) when x ~ N(mean, std) (arXiv 1801.01290, appendix C); the derivative
     1 - tanh(x)^2 is 4 / (e^x + e^-x)^2, which does not round to 0."""
-    return gaussian_log_prob(x, mean, std) - 2 * (math.log(2) - x - F.softplus(-2 * x))
+    return gaussian_log_prob(x, mean, std) - log_slope(x)
+
+
+def log_slope(x: Tensor) -> Tensor:
+    """Elementwise log of the derivative of tanh."""
+    return 2 * (math.log(2) - x - F.softplus(-2 * x))
 
 
 class SquashedPolicy(Policy):
@@ -82,8 +87,12 @@ class SquashedPolicy(Policy):
         """(u [B,L,Z], its log-density [B]), differentiable in the actor's parameters; `noise` [B,L,Z] is standard
         normal, drawn when None."""
         mean, std = self.actor(features)
-        x = mean + std * (torch.randn_like(mean) if noise is None else noise)
-        return x.tanh(), squashed_log_prob(x, mean, std).sum((1, 2))
+        noise = torch.randn_like(mean) if noise is None else noise
+        x = mean + std * noise
+        gaussian = (
+            -0.5 * (noise.square() + LOG_2PI) - std.log()
+        )  # of x; that (x - mean) / std is noise spares operations
+        return x.tanh(), (gaussian - log_slope(x)).sum((1, 2))
 
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:

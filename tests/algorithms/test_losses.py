@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embodied_rl.algorithms.losses import aggregate, policy_loss, segment_sums, term_mask, value_loss
+from embodied_rl.algorithms.losses import aggregate, importance_weight, policy_loss, segment_sums, term_mask, value_loss
 
 seeds = st.integers(0, 2**32 - 1)
 granularities = st.sampled_from(["token", "action", "chunk"])
@@ -172,3 +172,19 @@ def test_nothing_to_average_gives_zero():
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     for over in ("terms", "rows"):
         assert aggregate(torch.full((2, 3), math.nan), nothing, over) == 0
+
+
+@given(seed=seeds, granularity=granularities, over=means)
+def test_no_mask_is_one_of_true_everywhere(seed, granularity, over):
+    rng = np.random.default_rng(seed)
+    scores, everything = random_scores(rng), torch.ones(ROWS, TERMS, dtype=torch.bool)
+    weight = torch.as_tensor(rng.random(ROWS)) if seed % 2 else None
+    results = []
+    for mask in (None, everything):
+        steps = torch.arange(TERMS) % K  # every action has a term
+        new, ratios = segment_sums(torch.as_tensor(scores["log_prob"]), mask, steps, K, granularity)
+        old, _ = segment_sums(torch.as_tensor(scores["old"]), mask, steps, K, granularity)
+        losses, clipped = policy_loss(new, old, torch.as_tensor(scores["advantages"])[:, None], ratios, 0.2, 0.2)
+        kept = importance_weight(new, old, ratios, 2.0)
+        results.append((losses, clipped, kept, aggregate(losses, ratios, over, weight)))
+    torch.testing.assert_close(*results)
