@@ -11,7 +11,8 @@ Compared on the same 100 episodes of the robot, which nothing else uses:
     RL in sim       stage 1, then reinforcement learning in the simulator (beta 0)
     RL co-training  stage 1, then the same plus beta x imitation of the robot's demonstrations
 
-The last line printed is one JSON object.
+The same command with the same --out does not train again what an interrupted one has trained. The last line printed is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -95,22 +96,29 @@ def run(arguments: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
     robot = replace(sim, simulator=replace(sim.simulator, physics=REAL))
     simulated, real = out / "simulated.h5", out / "real.h5"
     out.mkdir(parents=True, exist_ok=True)
-    collect(sim, simulated, arguments.simulated)
-    collect(robot, real, arguments.real)
+    for config, path, episodes in ((sim, simulated, arguments.simulated), (robot, real, arguments.real)):
+        if not path.exists():
+            collect(config, path, episodes)
     few = DemonstrationsConfig(arguments.real, path=str(real))
     many = DemonstrationsConfig(arguments.simulated, path=str(simulated))
     second = CoTrainingConfig(str(real), beta=arguments.beta)
 
+    def trained(config: RunConfig, folder: Path) -> dict[str, Any]:
+        done = folder / "result.json"
+        return json.loads(done.read_text()) if done.exists() else train(config, folder, resume=True)
+
     def clone(folder: Path, **more: Any) -> dict[str, Any]:
         """Cloning needs no simulator, so the robot is where the run evaluates."""
-        result = train(replace(robot, algorithm=None, **more), folder)
-        return score(result["evaluations"][-1]["successes"], arguments.episodes)
+        result = trained(replace(robot, algorithm=None, **more), folder)
+        found = score(result["evaluations"][-1]["successes"], arguments.episodes)
+        return found | {"seconds": round(result["wall_seconds"])}
 
     def reinforce(folder: Path, beta: float) -> dict[str, Any]:
-        result = train(replace(sim, demonstrations=many, cotraining=replace(second, beta=beta)), folder)
+        result = trained(replace(sim, demonstrations=many, cotraining=replace(second, beta=beta)), folder)
         settings = [f"--simulator.physics.{factor}={value}" for factor, value in vars(REAL).items()]
         found = evaluate_run(folder, arguments.episodes, settings=settings)
-        return score(found["successes"], arguments.episodes) | {"success_in_sim": result["final_success"]}
+        in_sim = {"success_in_sim": result["final_success"], "seconds": round(result["wall_seconds"])}
+        return score(found["successes"], arguments.episodes) | in_sim
 
     ways: dict[str, Callable[[Path], dict[str, Any]]] = {
         "real only": lambda folder: clone(folder, demonstrations=few),
@@ -120,9 +128,7 @@ def run(arguments: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
     }
     scores = {}
     for arm, way in ways.items():
-        began = time.monotonic()
         scores[arm] = way(out / arm.lower().replace(" ", "_"))
-        scores[arm]["seconds"] = round(time.monotonic() - began)
         print(f"seed {seed}, {arm}: {cell(scores[arm])}", flush=True)
     return {"seed": seed} | scores
 
