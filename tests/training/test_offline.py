@@ -55,9 +55,9 @@ def offline(path: Path, **settings: Any) -> RunConfig:
         policy=GaussianMLPConfig(chunk=2, hidden=(32, 32), value_hidden=(32,)),
         imitation=None,
         demonstrations=DemonstrationsConfig(episodes=None, path=str(path)),
-        algorithm=replace(algorithm, **({"steps": 250, "updates_per_iteration": 50} | settings)),
+        algorithm=replace(algorithm, **({"steps": 100, "updates_per_iteration": 20} | settings)),
         training=TrainingConfig(checkpoint_every=2, evaluate_every=2, development_episodes=2),
-        evaluation=EvaluationConfig(episodes=6),
+        evaluation=EvaluationConfig(episodes=2),
     )
 
 
@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on_exactly_and_steps_no_environment(tmp_path: P
     resumed = train(config, tmp_path / "resumed", resume=True)
     rows = [metrics_of(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "resumed")]
     assert rows[0] == rows[1] and resumed["evaluations"] == whole["evaluations"]
-    assert [row["updates"] for row in rows[0]] == [50, 100, 150, 200, 250]
+    assert [row["updates"] for row in rows[0]] == [20, 40, 60, 80, 100]
     assert rows[0][-1]["replay/decisions"] == sum(len(episode) for episode in read(tmp_path / "mixed.h5"))
     assert "updates</text>" in (tmp_path / "whole" / "report.html").read_text()
 
@@ -117,4 +117,4 @@ def test_what_cannot_be_learned_from_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_counts_the_updates(tmp_path: Path) -> None:
-    assert "250 of 64 recorded decisions" in dry_run(offline(tmp_path / "any.h5"))
+    assert "100 of 64 recorded decisions" in dry_run(offline(tmp_path / "any.h5"))
