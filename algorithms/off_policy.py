@@ -51,6 +51,8 @@ class OffPolicyConfig(TransitionConfig):
 
     replay_capacity: int = 200_000
     """Decisions kept."""
+    replay_on_disk: bool = False
+    """Keep them in memory-mapped files in the run's folder, which may be larger than memory; checkpoints copy these."""
     learning_starts: int = 1000
     """Environment steps collected before the first update."""
     updates_per_decision: float = 1.0

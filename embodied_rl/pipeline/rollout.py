@@ -28,6 +28,11 @@ REMEMBERED = 256
 """Failed episodes that wait for another attempt, at most."""
 
 
+Intervene = Callable[[Observation, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""What a person who watches does: (the simulator's observation [N], the policy's actions float32 [N,K,A]) -> (actions
+float32 [N,K,A], bool [N,K]: which of them to execute instead of the policy's), in the policy's units."""
+
+
 class TicketCounter:
     """Issues consecutive tickets from `first`; `WAIT` from `end` on.
 
@@ -85,6 +90,8 @@ class Decision:
     """The true last observation of the rows `result.final_rows`, [E,...]."""
     tickets: np.ndarray
     """int64 [N], the episode each row was in."""
+    intervened: np.ndarray
+    """bool [N,K]: an action that was a person's; `sample.actions` holds it."""
 
 
 class RolloutWorker:
@@ -95,6 +102,8 @@ class RolloutWorker:
         self.policy = policy
         self.connection = connection
         self.seed = seed
+        self.intervene: Intervene | None = None
+        """A person who may take over."""
         self.env_steps = 0
         """Valid environment steps so far."""
         self.lost_episodes = 0
@@ -108,7 +117,8 @@ class RolloutWorker:
         self.tickets = tickets.issue(self.simulator.num_envs)
         self._next_tickets = tickets.issue(self.simulator.num_envs)
         self._decisions = np.zeros(self.simulator.num_envs, dtype=np.int64)
-        self._inputs = self._prepare(self.simulator.reset(tickets=self.tickets))
+        self._observation = self.simulator.reset(tickets=self.tickets)
+        self._inputs = self._prepare(self._observation)
 
     @torch.no_grad()
     def begin(
@@ -129,6 +139,9 @@ class RolloutWorker:
             jitter = torch.from_numpy(noise.normal(1, len(low))).to(sample.actions.device)
             moved = sample.actions + exploration * jitter * (high - low) / 2
             sample.actions = torch.minimum(torch.maximum(moved, low), high)
+        self._intervened = np.zeros(sample.actions.shape[:2], bool)
+        if self.intervene is not None:
+            sample.actions = self._corrected(sample.actions, self.intervene)
         actions = sample.actions.numpy(force=True)
         if not np.isfinite(actions).all():
             row = int(np.flatnonzero(~np.isfinite(actions).all(axis=(1, 2)))[0])
@@ -156,8 +169,21 @@ class RolloutWorker:
                 self._counter.failed(episode.ticket)
         self._next_tickets[ended] = self._counter.issue(int(ended.sum()))
         final = None if result.final_observation is None else self._prepare(result.final_observation)
+        self._observation = result.observation
         self._inputs = self._prepare(result.observation)
-        return Decision(inputs, self._sample, result, self._inputs, final, tickets)
+        return Decision(inputs, self._sample, result, self._inputs, final, tickets, self._intervened)
+
+    def _corrected(self, proposed: torch.Tensor, intervene: Intervene) -> torch.Tensor:
+        """The actions to execute."""
+        theirs, instead = intervene(self._observation, proposed.numpy(force=True).copy())
+        theirs, self._intervened = np.asarray(theirs, np.float32), np.asarray(instead, bool)
+        if theirs.shape != proposed.shape or self._intervened.shape != proposed.shape[:2]:
+            raise UserError(
+                f"intervene gave actions {list(theirs.shape)} and a mask {list(self._intervened.shape)} where "
+                f"{list(proposed.shape)} and {list(proposed.shape[:2])} are needed"
+            )
+        mask = torch.from_numpy(self._intervened).to(proposed.device)
+        return torch.where(mask.unsqueeze(-1), torch.from_numpy(theirs).to(proposed), proposed)
 
     @property
     def groups(self) -> Sequence[RolloutWorker]:

@@ -1,8 +1,9 @@
 """Checkpoints: a folder with `tensors.safetensors` and `state.json`, written atomically, read without pickle.
 
 A checkpoint is any tree of dicts, lists, tensors, numpy arrays and plain values (the `state_dict` of a policy, an
-optimizer, a replay buffer, a generator). Tensors go to safetensors under the path of their place in the tree, the rest
-to JSON with the sha256 of the tensor file, so that a torn or foreign pair is recognised.
+optimizer, a replay buffer, a generator). Tensors go to safetensors under the path of their place in the tree,
+memory-mapped arrays, which may be larger than memory, to a file each, the rest to JSON with the sha256 of the other
+files, so that a torn or foreign set is recognised.
 """
 
 from __future__ import annotations
@@ -33,15 +34,22 @@ def save(folder: Path, tree: dict[str, Any], keep: int = 2) -> Path:
     older ones as they were. Raises `UserError` when the disk refuses (full, read-only).
     """
     tensors: dict[str, torch.Tensor] = {}
-    plain = _split(tree, "", tensors)
+    mapped: list[np.memmap] = []
+    plain = _split(tree, "", tensors, mapped)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(tensors, partial / TENSORS)
-        state = {"format": FORMAT, "sha256": _digest(partial / TENSORS), "tree": plain}
+        files = [partial / f"mapped-{number}.bin" for number in range(len(mapped))]
+        for path, array in zip(files, mapped, strict=True):
+            with path.open("wb") as file:
+                for part in array:  # without a copy in memory
+                    np.ascontiguousarray(part).tofile(file)
+        digests = {path.name: _digest(path) for path in files}
+        state = {"format": FORMAT, "sha256": _digest(partial / TENSORS), "mapped": digests, "tree": plain}
         (partial / STATE).write_text(json.dumps(state))
-        for path in (partial / TENSORS, partial / STATE, partial):
+        for path in (partial / TENSORS, *files, partial / STATE, partial):
             _sync(path)
         if folder.exists():
             shutil.rmtree(folder)
@@ -63,9 +71,10 @@ def load(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text())
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise UserError(f"{folder} is not a checkpoint of this version (expected format {FORMAT})")
-        if state["sha256"] != _digest(folder / TENSORS):
-            raise UserError(f"checkpoint {folder} is corrupt: {TENSORS} does not match {STATE}; use an older one")
-        return _join(state["tree"], load_file(folder / TENSORS))
+        for name, digest in {TENSORS: state["sha256"], **state.get("mapped", {})}.items():
+            if digest != _digest(folder / name):
+                raise UserError(f"checkpoint {folder} is corrupt: {name} does not match {STATE}; use an older one")
+        return _join(state["tree"], load_file(folder / TENSORS), folder)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot read checkpoint {folder}: {error}; use an older one or start a new run") from error
 
@@ -81,25 +90,29 @@ def _complete(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".") and (path / STATE).exists()]
 
 
-def _split(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON for `node`, its tensors moved to `tensors`. Dicts become lists of pairs: optimizer states have int keys."""
+def _split(node: Any, path: str, tensors: dict[str, torch.Tensor], mapped: list[np.memmap]) -> Any:
+    """JSON for `node`, its tensors moved to `tensors` and its memory-mapped arrays to `mapped`. Dicts become lists of
+    pairs: optimizer states have int keys."""
     if isinstance(node, torch.Tensor):
         tensors[path] = node.detach().contiguous().clone()
         return {"tensor": path}
+    if isinstance(node, np.memmap):
+        mapped.append(node)
+        return {"mapped": [f"mapped-{len(mapped) - 1}.bin", node.dtype.str, *node.shape]}
     if isinstance(node, np.ndarray):
         tensors[path] = torch.from_numpy(np.array(node))
         return {"array": path}
     if isinstance(node, dict):
-        return {"dict": [[key, _split(value, f"{path}/{key}", tensors)] for key, value in node.items()]}
+        return {"dict": [[key, _split(value, f"{path}/{key}", tensors, mapped)] for key, value in node.items()]}
     if isinstance(node, list | tuple):
         kind = "list" if isinstance(node, list) else "tuple"
-        return {kind: [_split(value, f"{path}/{i}", tensors) for i, value in enumerate(node)]}
+        return {kind: [_split(value, f"{path}/{i}", tensors, mapped) for i, value in enumerate(node)]}
     if node is None or isinstance(node, bool | int | float | str):
         return node
     raise TypeError(f"a checkpoint cannot hold {type(node).__name__} (at {path or 'the root'})")
 
 
-def _join(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _join(node: Any, tensors: dict[str, torch.Tensor], folder: Path) -> Any:
     if not isinstance(node, dict):
         return node
     ((kind, value),) = node.items()
@@ -107,9 +120,12 @@ def _join(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return tensors[value]
     if kind == "array":
         return tensors[value].numpy()
+    if kind == "mapped":
+        name, dtype, *shape = value
+        return np.memmap(folder / name, dtype, "r", shape=tuple(shape))
     if kind == "dict":
-        return {key: _join(child, tensors) for key, child in value}
-    items = [_join(child, tensors) for child in value]
+        return {key: _join(child, tensors, folder) for key, child in value}
+    items = [_join(child, tensors, folder) for child in value]
     return items if kind == "list" else tuple(items)
 
 

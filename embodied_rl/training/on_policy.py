@@ -26,6 +26,8 @@ class OnPolicyWorkflow(ABC):
     def __init__(
         self, worker: RolloutWorker, algorithm: OnPolicyAlgorithm | EpisodicAlgorithm, generator: torch.Generator
     ) -> None:
+        if worker.intervene is not None:
+            raise UserError("this algorithm learns from the policy's own choices alone: interventions need sac")
         self.worker = worker
         self.algorithm: Any = algorithm
         self.generator = generator

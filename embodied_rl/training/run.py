@@ -41,7 +41,7 @@ from embodied_rl.data.demonstrations import (
 from embodied_rl.data.replay_buffer import ReplayBuffer
 from embodied_rl.errors import UserError
 from embodied_rl.files import write_atomic
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import Intervene, RolloutWorker, TicketCounter
 from embodied_rl.specs import connect
 from embodied_rl.training import checkpoint
 from embodied_rl.training.demonstrations import demonstrate
@@ -56,14 +56,15 @@ from embodied_rl.training.workflows import OfflineWorkflow, OffPolicyWorkflow, W
 from embodied_rl.types import Observation
 
 
-def train(config: RunConfig, out: Path, resume: bool = False) -> dict[str, Any]:
-    """Run `config` in folder `out` and return the content of its result.json.
+def train(config: RunConfig, out: Path, resume: bool = False, intervene: Intervene | None = None) -> dict[str, Any]:
+    """Run `config` in folder `out` and return the content of its result.json. `intervene`: a person who may take over
+    in the training episodes of an off-policy algorithm.
 
     Raises `UserError` for what the user can fix, `SimulatorDied` after repeated worker deaths. A run that is refused
     before its first checkpoint leaves no folder behind.
     """
     created = not out.exists()
-    run = Run(config, out, resume)
+    run = Run(config, out, resume, intervene)
     try:
         return run.run()
     except UserError:
@@ -75,8 +76,9 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> dict[str, Any]:
 class Run:
     """The state of a run between its phases."""
 
-    def __init__(self, config: RunConfig, out: Path, resume: bool) -> None:
+    def __init__(self, config: RunConfig, out: Path, resume: bool, intervene: Intervene | None = None) -> None:
         self.config = config
+        self.intervene = intervene
         self.out = out
         self.started = time.monotonic()
         self.iteration = 0
@@ -125,6 +127,7 @@ class Run:
             self.policy.action_spec,
         )
         self.worker = RolloutWorker(self.simulator, self.policy, self.connection, self.config.seed)
+        self.worker.intervene = self.intervene
         self.tickets = TicketCounter(self.streams.first("training"), retry=self.config.training.retry_failed)
         self.generator = torch.Generator().manual_seed(self.config.seed)
 
@@ -286,7 +289,9 @@ class Run:
             workflow = EpisodeWorkflow(self.worker, self.algorithm, self.generator)
         elif isinstance(self.algorithm, OffPolicyAlgorithm):
             known = self._decisions() if self.algorithm.demonstrations == "decisions" else data
-            workflow = OffPolicyWorkflow(self.worker, self.algorithm, decisions, self.generator, config.seed, known)
+            workflow = OffPolicyWorkflow(
+                self.worker, self.algorithm, decisions, self.generator, config.seed, known, self.out
+            )
         elif isinstance(self.algorithm, OfflineAlgorithm):
             workflow = OfflineWorkflow(self.algorithm, self._decisions(), self.generator, config.seed)
         else:

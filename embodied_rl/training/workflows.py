@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OfflineAlgorithm, OffPolicyAlgorithm
 from embodied_rl.algorithms.imitation import join, take
-from embodied_rl.data.replay_buffer import ReplayBuffer
+from embodied_rl.data.replay_buffer import ReplayBuffer, WithInterventions
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.rollout import Decision, RolloutWorker, TicketCounter
 from embodied_rl.types import Episode
@@ -80,16 +81,25 @@ class OffPolicyWorkflow:
         generator: torch.Generator,
         seed: int,
         demonstrations: Any,
+        folder: Path,
     ) -> None:
-        """`demonstrations`: what `algorithm.demonstrations` asks for; None in a run without any."""
+        """`demonstrations`: what `algorithm.demonstrations` asks for; None in a run without any. `folder`: where a
+        replay on disk is kept."""
         self.worker = worker
         self.algorithm = algorithm
         self.decisions = decisions
         self.generator = generator
         self.rng = np.random.default_rng(seed)
         config = algorithm.config
-        self.buffer = ReplayBuffer(config.replay_capacity, worker.simulator.num_envs, algorithm.successes_kept)
+        self.buffer = ReplayBuffer(
+            config.replay_capacity,
+            worker.simulator.num_envs,
+            algorithm.successes_kept,
+            folder if config.replay_on_disk else None,
+        )
         self.demonstrations = demonstrations
+        if worker.intervene is not None and isinstance(demonstrations, ReplayBuffer):
+            self.demonstrations = WithInterventions(demonstrations, self.buffer)
         self.potential = np.zeros(worker.simulator.num_envs, np.float32)
         self.due = 0.0
         """Updates owed to the decisions made so far."""
@@ -110,6 +120,8 @@ class OffPolicyWorkflow:
             self._record(done, border and decision == self.decisions - 1)
             episodes += done.result.episodes
         metrics = episode_metrics(episodes) | mean.result()
+        if self.worker.intervene is not None:
+            metrics["replay/intervened"] = self.buffer.intervened
         return metrics | {"replay/decisions": len(self.buffer), "replay/successful": self.buffer.successful}
 
     def _updates_due(self) -> int:
@@ -145,9 +157,14 @@ class OffPolicyWorkflow:
         shaped = bool(self.algorithm.config.shaping)
         after = np.where(alive, result.reward[rows, last], self.potential) if shaped else self.potential
         reward = result.reward if not shaped else (result.success & result.valid).astype(np.float32)
+        recorded = self.algorithm.recorded(decision.sample)
+        if recorded is not decision.sample.actions and decision.intervened.any():
+            raise UserError(
+                "this algorithm chooses no actions, so a person's tell it nothing: intervene without steering"
+            )
         self.buffer.add(
             inputs={name: tensor.numpy(force=True) for name, tensor in decision.inputs.items()},
-            actions=self.algorithm.recorded(decision.sample).numpy(force=True),
+            actions=recorded.numpy(force=True),
             reward=reward,
             valid=result.valid,
             terminated=result.terminated.any(axis=1),
@@ -159,6 +176,7 @@ class OffPolicyWorkflow:
             lost=result.lost,
             potential=self.potential,
             final_potential=after[closed],
+            intervened=(decision.intervened & result.valid).any(axis=1),
         )
         self.potential = np.where(ended | cut | result.lost, 0, after).astype(np.float32)
 

@@ -1,6 +1,8 @@
 """The replay buffer against a naive one that keeps whole episodes in lists."""
 
+import errno
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -194,14 +196,18 @@ def test_several_decisions_are_followed_to_the_end_of_what_is_known(history, slo
     before=st.lists(st.tuples(events, events), max_size=25),
     after=st.lists(st.tuples(events, events), min_size=1, max_size=10),
 )
-def test_a_restored_buffer_goes_on_exactly(before, after):
-    one, two = ReplayBuffer(12, 2, 5), ReplayBuffer(12, 2, 5)
+def test_a_restored_buffer_goes_on_exactly_in_memory_and_on_disk(tmp_path_factory, before, after):
+    folder = tmp_path_factory.mktemp("replay")
+    one, two = ReplayBuffer(12, 2, 5, folder), ReplayBuffer(12, 2, 5)
     play(one, NaiveReplay(6, 2, 5), before)
     state = one.state_dict()
     json.dumps({name: value for name, value in state.items() if not isinstance(value, np.ndarray)})
     two.load_state_dict(
         {name: np.copy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
     )
+    one = ReplayBuffer(12, 2, 5, folder)
+    one.load_state_dict(two.state_dict())
+    assert not list(folder.iterdir()), "its files have no names"
     for buffer in (one, two):
         play(buffer, NaiveReplay(6, 2, 5), after)
     assert len(one) == len(two) and one.successful == two.successful
@@ -249,3 +255,28 @@ def test_one_choice_may_stand_for_a_chunk_of_several_steps():
     assert (data["actions"] == 0.5).all() and data["actions"].shape == (2, 1, 7)
     np.testing.assert_array_equal(data["valid"][0, 0], arguments["valid"][0])
     np.testing.assert_array_equal(data["reward"][0, 0], np.where(arguments["valid"][0], arguments["reward"][0], 0))
+
+
+def test_every_observation_is_stored_once_as_uint8(tmp_path):
+    for folder in (None, tmp_path):
+        buffer = ReplayBuffer(40, 2, folder=folder)
+        play(buffer, NaiveReplay(20, 2, 1), [[("go", False)] * 2] * 30)
+        large = {name: array for name, array in vars(buffer)["_inputs"].items() if name == "image"}
+        records = vars(buffer)["_records"].values()
+        assert large["image"].dtype == np.uint8 and large["image"].shape == (40, 2, 2)
+        assert all(array.ndim < 4 and array.dtype != np.uint8 for array in records), "no further images"
+        assert isinstance(large["image"], np.memmap) == (folder is not None)
+
+
+def test_a_replay_that_the_disk_has_no_room_for_is_refused(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    arguments = decision(actions_of, [0, 2], [1, 3], [0, 1], [("go", False)] * 2)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"no room for a replay column of .* GiB in .*file: Not a directory; free disk"):
+        ReplayBuffer(12, 2, folder=tmp_path / "file").add(**arguments)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="No space left on device; free disk space"):
+        ReplayBuffer(12, 2, folder=tmp_path).add(**arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

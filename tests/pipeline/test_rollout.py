@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,16 @@ import torch
 from reach import LIMIT
 from training_toys import ReachConfig, off_policy, on_policy, worker_pids
 
+from embodied_rl.data.replay_buffer import ReplayBuffer
+from embodied_rl.errors import UserError
 from embodied_rl.pipeline.rollout import ATTEMPT, Decision, RolloutWorker, TicketCounter
 from embodied_rl.randomness import RowNoise
 from embodied_rl.simulators.base import WAIT
 from embodied_rl.specs import connect
+from embodied_rl.training.on_policy import SegmentWorkflow
 from embodied_rl.training.streams import Streams
 from embodied_rl.training.workflows import OffPolicyWorkflow
+from embodied_rl.types import Observation
 
 STREAMS = Streams(3, 1, 4, 4)
 
@@ -162,10 +167,12 @@ def test_all_decisions_of_a_lost_episode_are_invalid(worker: RolloutWorker) -> N
         assert int(trajectory.valid[trajectory.tickets == episode.ticket].sum()) == episode.length
 
 
-def test_shaping_telescopes_to_success_plus_the_last_potential(off_policy_worker: RolloutWorker) -> None:
+def test_shaping_telescopes_to_success_plus_the_last_potential(
+    off_policy_worker: RolloutWorker, tmp_path: Path
+) -> None:
     config = off_policy()
     algorithm = config.algorithm.build(off_policy_worker.policy, 0)
-    workflow = OffPolicyWorkflow(off_policy_worker, algorithm, 12, torch.Generator().manual_seed(0), 0, None)
+    workflow = OffPolicyWorkflow(off_policy_worker, algorithm, 12, torch.Generator().manual_seed(0), 0, None, tmp_path)
     algorithm.config = replace(algorithm.config, learning_starts=10**9)
     workflow.iterate(border=True)
     buffer = workflow.buffer
@@ -183,3 +190,46 @@ def test_shaping_telescopes_to_success_plus_the_last_potential(off_policy_worker
         last = sample["next_potential"][mine][ended]
         assert shaping.sum() == pytest.approx(float(last[0]), abs=1e-5)
         assert sample["reward"][mine].sum() == float(sample["success"][mine].any())
+
+
+def halves(observation: Observation, proposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A scripted person who lets row 0 alone and takes over the second action in the others, where the point is left of
+    the middle."""
+    instead = np.zeros(proposed.shape[:2], bool)
+    instead[1:, 1] = observation.state[1:, 0] < 0
+    return np.full_like(proposed, 0.25), instead
+
+
+def test_what_a_person_does_is_executed_recorded_and_drawn_with_the_demonstrations(
+    off_policy_worker: RolloutWorker, tmp_path: Path
+) -> None:
+    worker = off_policy_worker
+    worker.intervene = halves
+    algorithm = replace(off_policy().algorithm, learning_starts=10_000).build(worker.policy, 0)
+    known = ReplayBuffer(40, 4)
+    workflow = OffPolicyWorkflow(worker, algorithm, 25, torch.Generator().manual_seed(0), 0, known, tmp_path)
+    metrics = workflow.iterate(border=True)
+    buffer = workflow.buffer
+    everything = buffer.sample(4000, np.random.default_rng(0))
+    human = (everything["actions"][:, 1] == 0.25).all(1)
+    assert human.any() and not human.all()
+    assert not (everything["actions"][:, 0] == 0.25).all(1).any()
+    assert (everything["inputs"]["state"][human, 0] < 0).all()
+    assert 0 < buffer.intervened == metrics["replay/intervened"] < len(buffer)
+
+    offline: Any = workflow.demonstrations
+    only = offline.sample(64, np.random.default_rng(0))
+    assert (only["actions"][:, 1] == 0.25).all() and only["inputs"]["state"].shape == (64, 4)
+    restored = ReplayBuffer(buffer.num_envs * 200, buffer.num_envs)
+    restored.load_state_dict(buffer.state_dict())
+    assert restored.intervened == buffer.intervened
+
+
+def test_interventions_that_cannot_be_learned_from_are_refused(worker: RolloutWorker) -> None:
+    worker.intervene = halves
+    algorithm = on_policy().algorithm.build(worker.policy, 0)
+    with pytest.raises(UserError, match="interventions need sac"):
+        SegmentWorkflow(worker, algorithm, 1, torch.Generator())
+    worker.intervene = lambda observation, proposed: (proposed[:, :1], np.ones(len(proposed), bool))
+    with pytest.raises(UserError, match=r"intervene gave actions \[4, 1, 2\] and a mask \[4\] where \[4, 2, 2\]"):
+        worker.begin()

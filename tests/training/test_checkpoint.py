@@ -59,6 +59,18 @@ def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory, tree:
     assert same(checkpoint.load(folder), tree)
 
 
+def test_a_memory_mapped_array_is_a_file_of_the_checkpoint(tmp_path: Path) -> None:
+    array = np.memmap(tmp_path / "large", np.uint8, "w+", shape=(2, 5, 3))
+    array[:] = np.arange(30).reshape(2, 5, 3)
+    checkpoint.save(tmp_path / "1", {"part": array[:, :4], "other": np.arange(3)})
+    loaded = checkpoint.load(tmp_path / "1")
+    assert isinstance(loaded["part"], np.memmap) and same(np.array(loaded["part"]), np.array(array[:, :4]))
+    assert same(loaded["other"], np.arange(3))
+    (tmp_path / "1" / "mapped-0.bin").write_bytes(bytes(24))
+    with pytest.raises(UserError, match=r"mapped-0\.bin does not match"):
+        checkpoint.load(tmp_path / "1")
+
+
 def test_an_optimizer_survives(tmp_path: Path) -> None:
     layer = torch.nn.Linear(3, 2)
     optimizer = torch.optim.Adam(layer.parameters(), fused=True)

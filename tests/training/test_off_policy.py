@@ -36,10 +36,10 @@ def small(**training: Any) -> RunConfig:
 
 
 def rlpd(**training: Any) -> RunConfig:
-    """Demonstrations in every batch, two-step returns, shaping, chunks of two actions."""
+    """Demonstrations in every batch, two-step returns, shaping, chunks of two actions, the replay on disk."""
     config = small(**training)
     more: dict[str, Any] = {"symmetric": True, "n_step": 2, "critics": 4, "target_critics": 2, "critic_norm": "layer"}
-    algorithm = SACConfig(shaping=1.0, **more, **LEARNING)
+    algorithm = SACConfig(shaping=1.0, replay_on_disk=True, **more, **LEARNING)
     policy = SquashedGaussianMLPConfig(chunk=2, hidden=(32, 32))
     return replace(config, recipe="toy_rlpd", policy=policy, imitation=None, algorithm=algorithm)
 
