@@ -92,6 +92,19 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class PipelineConfig:
+    """How simulation, inference and learning share their time; what is learned does not depend on it."""
+
+    env_groups: int = 1
+    """Groups of environments: while the policy decides for one, the others are stepped. 2 pays when deciding and
+    stepping take about as long. For algorithms that collect segments or episodes; others already learn meanwhile."""
+
+    def __post_init__(self) -> None:
+        if self.env_groups < 1:
+            raise UserError(f"pipeline: env_groups must be at least 1, not {self.env_groups}")
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """Where metrics go besides `metrics.jsonl`."""
 
@@ -121,6 +134,7 @@ class RunConfig:
     """A second dataset to imitate; none for a run without one."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
     """Seed of everything random in the run."""

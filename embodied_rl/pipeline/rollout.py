@@ -120,6 +120,13 @@ class RolloutWorker:
         self._observation = self.simulator.reset(tickets=self.tickets)
         self._inputs = self._prepare(self._observation)
 
+    def take_over(self, other: RolloutWorker, rows: slice) -> None:
+        """Go on where the `rows` of `other` are, whose simulator contains this one's."""
+        self._counter = other._counter
+        self.tickets, self._next_tickets = other.tickets[rows].copy(), other._next_tickets[rows].copy()
+        self._decisions = other._decisions[rows].copy()
+        self._inputs = {name: tensor[rows] for name, tensor in other._inputs.items()}
+
     @torch.no_grad()
     def begin(
         self,

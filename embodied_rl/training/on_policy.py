@@ -11,6 +11,7 @@ import torch
 
 from embodied_rl.algorithms.base import EpisodicAlgorithm, Metrics, OnPolicyAlgorithm
 from embodied_rl.errors import UserError
+from embodied_rl.pipeline.learning import Beside, Replica
 from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter, combine
 from embodied_rl.training.workflows import episode_metrics
 from embodied_rl.types import EpisodeBatch, Trajectory
@@ -19,8 +20,9 @@ from embodied_rl.types import EpisodeBatch, Trajectory
 class OnPolicyWorkflow(ABC):
     """Collect a batch, learn from it, repeat.
 
-    With a staleness of s the batch learned from was collected s updates ago: what happens when collecting and learning
-    overlap, here one after the other and hence repeatable. Before a border everything collected is learned from.
+    With a staleness of s a batch is learned from in a thread of its own, while the worker collects the s-th after it by
+    the weights from before. Which weights collect which batch is fixed, so the numbers do not depend on who is faster
+    and a run repeats. Before a border everything collected is learned from.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class OnPolicyWorkflow(ABC):
         self.generator = generator
         self.version = 0
         self.waiting: deque[Trajectory | EpisodeBatch] = deque()
+        self.replica = Replica(algorithm.policy) if algorithm.staleness else None
 
     @abstractmethod
     def restart(self, tickets: TicketCounter) -> None:
@@ -44,21 +47,45 @@ class OnPolicyWorkflow(ABC):
 
     def iterate(self, border: bool) -> Metrics:
         """Learn from a batch, or before a border from all that are left; the metrics are those of the last."""
-        while len(self.waiting) <= (0 if border else self.algorithm.staleness):
+        if not self.waiting:
             self.waiting.append(self.collect())
-        metrics = self._learn()
+        if border or self.replica is None:
+            metrics = self._learn(self.waiting.popleft())
+        else:
+            metrics = self._learn_beside(self.replica)
         while border and self.waiting:
-            metrics |= self._learn()
+            metrics |= self._learn(self.waiting.popleft())
         return metrics
 
-    def _learn(self) -> Metrics:
+    def _learn_beside(self, replica: Replica) -> Metrics:
+        """Learn from the oldest batch while as many as the staleness allows are collected by the weights so far."""
+        replica.follow()
         batch = self.waiting.popleft()
-        metrics = episode_metrics(batch.episodes)
-        metrics |= {f"loss/{name}": value for name, value in self.algorithm.learn(batch, self.generator).items()}
-        if self.algorithm.staleness:
-            metrics["train/staleness"] = self.version - batch.version
+        self.worker.policy = replica.policy
+        try:
+            with Beside(lambda: self._improve(batch)) as learning:
+                self.worker.check = learning.check
+                while len(self.waiting) < self.algorithm.staleness:
+                    self.waiting.append(self.collect())
+                metrics = learning.result()
+        finally:
+            self.worker.policy, self.worker.check = self.algorithm.policy, lambda: None
         self.version += 1
         return metrics
+
+    def _learn(self, batch: Trajectory | EpisodeBatch) -> Metrics:
+        metrics = self._improve(batch)
+        self.version += 1
+        return metrics
+
+    def _improve(self, batch: Trajectory | EpisodeBatch) -> Metrics:
+        """The metrics of learning from `batch`, which the weights of this or of a recent version collected."""
+        behind = self.version - batch.version
+        if not 0 <= behind <= self.algorithm.staleness:
+            raise RuntimeError(f"version {self.version} would learn from what version {batch.version} collected")
+        metrics = episode_metrics(batch.episodes)
+        metrics |= {f"loss/{name}": value for name, value in self.algorithm.learn(batch, self.generator).items()}
+        return metrics | {"train/staleness": behind} if self.algorithm.staleness else metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": self.version}

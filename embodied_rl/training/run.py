@@ -41,6 +41,7 @@ from embodied_rl.data.demonstrations import (
 from embodied_rl.data.replay_buffer import ReplayBuffer
 from embodied_rl.errors import UserError
 from embodied_rl.files import write_atomic
+from embodied_rl.pipeline.env_groups import build_simulator, rollout_worker
 from embodied_rl.pipeline.rollout import Intervene, RolloutWorker, TicketCounter
 from embodied_rl.specs import connect
 from embodied_rl.training import checkpoint
@@ -113,7 +114,8 @@ class Run:
             MetricLogger(self.out, self.config, self.iteration, logging.tensorboard, logging.wandb) as self.logger,
         ):
             self.progress.phase("start simulators")
-            with self.config.simulator.build(self.streams, log_dir=self.out / "logs") as self.simulator:
+            groups = self.config.pipeline.env_groups
+            with build_simulator(self.config.simulator, groups, self.streams, self.out / "logs") as self.simulator:
                 self._build()
                 self.phases["start simulators"] += time.monotonic() - self.started
                 return self._phases()
@@ -126,7 +128,7 @@ class Run:
             self.policy.observation_spec,
             self.policy.action_spec,
         )
-        self.worker = RolloutWorker(self.simulator, self.policy, self.connection, self.config.seed)
+        self.worker = rollout_worker(self.simulator, self.policy, self.connection, self.config.seed)
         self.worker.intervene = self.intervene
         self.tickets = TicketCounter(self.streams.first("training"), retry=self.config.training.retry_failed)
         self.generator = torch.Generator().manual_seed(self.config.seed)
@@ -283,6 +285,9 @@ class Run:
         if self.second is not None and second is not None and second.beta:
             self.algorithm.cotrain(CoTraining(self.policy, self.second, second.beta, second.batch_size, config.seed))
         workflow: Workflow
+        collects = isinstance(self.algorithm, OnPolicyAlgorithm | EpisodicAlgorithm)
+        if config.pipeline.env_groups > 1 and not collects:
+            raise UserError(f"pipeline.env_groups does nothing for {type(self.algorithm).__name__}: leave it at 1")
         if isinstance(self.algorithm, OnPolicyAlgorithm):
             workflow = SegmentWorkflow(self.worker, self.algorithm, decisions, self.generator)
         elif isinstance(self.algorithm, EpisodicAlgorithm):

@@ -1,6 +1,6 @@
-"""The toy task of the training tests serves here too."""
+"""Makes the toys importable; those of other tests serve here too."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("pipeline", "training", "simulators")]

@@ -33,6 +33,7 @@ class Listening(EpisodicAlgorithm):
     """Groups of three; remembers what it learns from. Groups in `dull` say nothing."""
 
     group_size = 3
+    policy = torch.nn.Linear(1, 1)
 
     def __init__(self, groups: int, further: int = 0, dull: tuple[int, ...] = (), staleness: int = 0) -> None:
         self.groups_per_iteration, self.further_groups, self.dull = groups, further, dull
@@ -52,6 +53,8 @@ class Listening(EpisodicAlgorithm):
 
 class Calls:
     """Collects a decision per episode, and remembers what was asked for."""
+
+    intervene = None
 
     def __init__(self) -> None:
         self.simulator = SimpleNamespace(num_envs=7)
