@@ -95,3 +95,17 @@ def test_a_steered_run_keeps_the_clone_and_is_evaluated_as_it_was_trained(tmp_pa
 def test_symmetric_batches_need_demonstrations(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="learns from demonstrations"):
         train(replace(rlpd(), demonstrations=None), tmp_path / "run")
+
+
+@SLOW
+def test_a_person_may_take_over_in_a_run(tmp_path: Path) -> None:
+    def person(observation: Any, proposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Goes for the target wherever it is to the right."""
+        towards = np.clip((observation.state[:, 2:] - observation.state[:, :2]) / 0.2, -1, 1)
+        return np.repeat(towards[:, None], 2, 1), np.repeat(towards[:, :1] > 0.5, 2, 1)
+
+    train(rlpd(), tmp_path / "run", intervene=person)
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert 0 < last["replay/intervened"] < last["replay/decisions"]
+    with pytest.raises(UserError, match="intervene without steering"):
+        train(dsrl(), tmp_path / "steered", intervene=person)
