@@ -116,5 +116,17 @@ def test_what_cannot_be_learned_from_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_is_read_as_a_lerobot_dataset(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"info\.json cannot be read"):
+        train(offline(tmp_path), tmp_path / "run")
+
+
+def test_actions_of_another_size_are_refused(tmp_path: Path) -> None:
+    (episode,) = read(record(tmp_path / "one.h5", 1))
+    write(tmp_path / "wide.h5", [replace(episode, actions=np.tile(episode.actions, 2))], "reach", "velocity")
+    with pytest.raises(UserError, match="hold actions of 4 numbers, the simulator takes 2"):
+        train(offline(tmp_path / "wide.h5"), tmp_path / "run")
+
+
 def test_a_dry_run_counts_the_updates(tmp_path: Path) -> None:
     assert "100 of 64 recorded decisions" in dry_run(offline(tmp_path / "any.h5"))
