@@ -103,18 +103,14 @@ def run(arguments: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
     many = DemonstrationsConfig(arguments.simulated, path=str(simulated))
     second = CoTrainingConfig(str(real), beta=arguments.beta)
 
-    def trained(config: RunConfig, folder: Path) -> dict[str, Any]:
-        done = folder / "result.json"
-        return json.loads(done.read_text()) if done.exists() else train(config, folder, resume=True)
-
     def clone(folder: Path, **more: Any) -> dict[str, Any]:
         """Cloning needs no simulator, so the robot is where the run evaluates."""
-        result = trained(replace(robot, algorithm=None, **more), folder)
+        result = train(replace(robot, algorithm=None, **more), folder)
         found = score(result["evaluations"][-1]["successes"], arguments.episodes)
         return found | {"seconds": round(result["wall_seconds"])}
 
     def reinforce(folder: Path, beta: float) -> dict[str, Any]:
-        result = trained(replace(sim, demonstrations=many, cotraining=replace(second, beta=beta)), folder)
+        result = train(replace(sim, demonstrations=many, cotraining=replace(second, beta=beta)), folder, resume=True)
         settings = [f"--simulator.physics.{factor}={value}" for factor, value in vars(REAL).items()]
         found = evaluate_run(folder, arguments.episodes, settings=settings)
         in_sim = {"success_in_sim": result["final_success"], "seconds": round(result["wall_seconds"])}
@@ -128,7 +124,12 @@ def run(arguments: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
     }
     scores = {}
     for arm, way in ways.items():
-        scores[arm] = way(out / arm.lower().replace(" ", "_"))
+        folder = out / arm.lower().replace(" ", "_")
+        done = folder / "score.json"
+        if not done.exists():
+            found = way(folder)
+            done.write_text(json.dumps(found))
+        scores[arm] = json.loads(done.read_text())
         print(f"seed {seed}, {arm}: {cell(scores[arm])}", flush=True)
     return {"seed": seed} | scores
 
