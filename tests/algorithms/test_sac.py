@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rl.algorithms.augmentation import random_shift
+from embodied_rl.algorithms.batch_renorm import BatchRenorm, batch_statistics
 from embodied_rl.algorithms.off_policy import n_step_return
 from embodied_rl.algorithms.sac import SAC, SACConfig
 from embodied_rl.errors import UserError
@@ -251,6 +252,17 @@ def test_the_temperature_follows_the_entropy():
     fixed = toy(target_entropy=100.0, temperature_learning_rate=0.0)
     learn(fixed, "sac", range(3))
     assert fixed.temperature().item() == 1.0
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_a_unit_that_is_the_same_in_the_whole_batch_has_a_finite_gradient(warmup):
+    norm, x = BatchRenorm(3, warmup=warmup), torch.randn(8, 3)
+    x[:, 1] = 0.5
+    x.requires_grad_()
+    with batch_statistics(norm):
+        norm(x).square().sum().backward()
+    assert x.grad.isfinite().all() and norm.scale.grad.isfinite().all()
+    assert x.grad[:, 0].abs().sum() > 0
 
 
 def test_a_normalised_actor_learns_from_the_statistics_of_the_batch_and_acts_by_the_running_ones():
