@@ -74,7 +74,10 @@ def main() -> None:
         return
     if not arguments.data.exists():
         record(arguments.data)
-    runs = json.loads(arguments.results.read_text())["runs"] if arguments.results.exists() else {}
+    known = json.loads(arguments.results.read_text()) if arguments.results.exists() else {"runs": {}}
+    if known.get("updates", arguments.updates) != arguments.updates:
+        parser.error(f"{arguments.results} is of {known['updates']} updates: give --updates or another file")
+    runs = known["runs"]
     for seed, side in product(map(str, arguments.seeds), arguments.sides):
         if side not in runs.setdefault(seed, {}):
             runs[seed][side] = run(arguments, side, seed)
