@@ -66,10 +66,9 @@ def score(case: Case, run: Mapping[str, Any]) -> float:
 
 
 def value_range(case: Case, runs: Sequence[Mapping[str, Any]]) -> float:
-    """From the untrained policy to the best point of the mean curve of `runs`."""
-    curves = [[point[case.measure] for point in run["curve"]] for run in runs]
-    means = [mean(points) for points in zip(*curves, strict=False)]
-    return max(means) - means[0]
+    """Between the worst and the best evaluation of any of `runs`, the untrained policy's included."""
+    points = [point[case.measure] for run in runs for point in run["curve"]]
+    return max(points) - min(points)
 
 
 def summary(case: Case, runs: Runs) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="file to add to; the curves go to a PNG beside it")
     arguments = parser.parse_args()
     known = read(arguments.results)
+    if known:
+        write(arguments.results, known)  # what follows from the runs may be counted in another way by now
     for case, seed, side in product(arguments.cases, arguments.seeds, arguments.sides):
         if side in known.get(case, {}).get(str(seed), {}):
             continue

@@ -59,7 +59,7 @@ def test_a_case_is_summed_up_over_the_seeds_that_both_sides_have_run(learning: A
     found = summary(Case("toy", "other", "return", 90.0), runs)
     assert found["ours"] == {"0": 95, "1": 95, "2": 10} and found["peer"] == {"0": 100, "1": 100}
     assert found["reached"] == "2 of 3"
-    assert found["mean_difference"] == found["lower_bound"] == -5 and found["at_least"] == -10 and found["as_good"]
+    assert found["mean_difference"] == found["lower_bound"] == -5 and found["at_least"] == -12 and found["as_good"]
     assert found["mean_cpu_seconds"] == {"ours": 1.7, "peer": 1.0}
     later = summary(Case("toy", "other", "return", 40.0, scored_from=1000), runs)
     assert later["ours"] == {"0": 50, "1": 50, "2": 50} and later["peer"] == {"0": 110, "1": 90}
