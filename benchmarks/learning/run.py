@@ -6,7 +6,8 @@
 Ours is `embodied-rl train RECIPE`, the other side `peers.py`; they alternate, seed by seed, each in processes of its
 own with one thread and equal budgets, and are judged by the same evaluation on the same episodes. The file of results
 is added to after every run, and what it already holds is not run again, so that a benchmark may be split into many
-calls. The curves are drawn beside it. The last line printed is one JSON object with the summaries of the cases.
+calls, and calls of different cases may run side by side. The curves are drawn beside it. The last line printed is one
+JSON object with the summaries of the cases.
 """
 
 from __future__ import annotations
@@ -45,20 +46,19 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=["ours", "peer"], choices=["ours", "peer"])
     parser.add_argument("--results", type=Path, help="file to add to; the curves go to a PNG beside it")
     arguments = parser.parse_args()
-    known = read(arguments.results)
-    if known:
-        write(arguments.results, known)  # what follows from the runs may be counted in another way by now
+    file = arguments.results or Path(tempfile.mkdtemp(prefix="learning-")) / "results.json"
+    known = read(file)
     for case, seed, side in product(arguments.cases, arguments.seeds, arguments.sides):
-        if side in known.get(case, {}).get(str(seed), {}):
-            continue
-        known = merge(known, case, seed, side, run(CASES[case], seed, side))
-        if arguments.results:
-            write(arguments.results, known)
+        if side not in known.get(case, {}).get(str(seed), {}):
+            found = run(CASES[case], seed, side)
+            known = merge(read(file), case, seed, side, found)  # others may have added to it meanwhile
+            write(file, known)
+    write(file, known)  # what follows from the runs may be counted in another way by now
     print(json.dumps({case: summary(CASES[case], known[case]) for case in arguments.cases if case in known}))
 
 
 def run(case: Case, seed: int, side: str) -> dict[str, Any]:
-    """One run of one side: {"final", "curve", "cpu_seconds", "wall_seconds", "versions", "command"}."""
+    """One run of one side: {"final", "curve", "cpu_seconds", "wall_seconds", "versions"}."""
     with tempfile.TemporaryDirectory(prefix="learning-") as folder:
         out = Path(folder) / "out"
         if side == "ours" or not case.peer:
@@ -89,9 +89,9 @@ def _ours(folder: Path) -> dict[str, Any]:
     return {"final": evaluations["final"], "curve": curve, "versions": result["versions"]}
 
 
-def read(file: Path | None) -> dict[str, Runs]:
+def read(file: Path) -> dict[str, Runs]:
     """The runs of all cases that `file` holds."""
-    return json.loads(file.read_text())["runs"] if file and file.exists() else {}
+    return json.loads(file.read_text())["runs"] if file.exists() else {}
 
 
 def write(file: Path, known: dict[str, Runs]) -> None:
