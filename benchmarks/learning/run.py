@@ -41,20 +41,25 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=list(CASES), choices=CASES, metavar="CASE")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)} (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--sides", nargs="+", default=["ours", "peer"], choices=["ours", "peer"])
     parser.add_argument("--results", type=Path, help="file to add to; the curves go to a PNG beside it")
     arguments = parser.parse_args()
+    cases: list[str] = arguments.cases or list(CASES)
+    seeds: list[int] = arguments.seeds
+    sides: list[str] = arguments.sides
+    if unknown := set(cases) - set(CASES):
+        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     file = arguments.results or Path(tempfile.mkdtemp(prefix="learning-")) / "results.json"
     known = read(file)
-    for case, seed, side in product(arguments.cases, arguments.seeds, arguments.sides):
+    for case, seed, side in product(cases, seeds, sides):
         if side not in known.get(case, {}).get(str(seed), {}):
             found = run(CASES[case], seed, side)
             known = merge(read(file), case, seed, side, found)  # others may have added to it meanwhile
             write(file, known)
     write(file, known)  # what follows from the runs may be counted in another way by now
-    print(json.dumps({case: summary(CASES[case], known[case]) for case in arguments.cases if case in known}))
+    print(json.dumps({case: summary(CASES[case], known[case]) for case in cases}))
 
 
 def run(case: Case, seed: int, side: str) -> dict[str, Any]:

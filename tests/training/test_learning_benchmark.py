@@ -32,8 +32,8 @@ def monkeypatch_module() -> Any:
 
 def run(*returns: float, final: float | None = None, cpu: float = 1.0) -> dict[str, Any]:
     """A run evaluated every 1000 steps."""
-    curve = [{"env_steps": 1000 * i, "return": each, "success": None} for i, each in enumerate(returns)]
-    last = {"mean_return": returns[-1] if final is None else final, "success_at_end": None}
+    curve = [{"env_steps": 1000 * i, "return": each, "success": 1.0} for i, each in enumerate(returns)]
+    last = {"mean_return": returns[-1] if final is None else final, "success_at_end": 1.0}
     return {"curve": curve, "final": last, "cpu_seconds": cpu}
 
 
@@ -73,7 +73,7 @@ def test_a_file_is_added_to_and_nothing_is_run_twice(
 
     def pretend(case: Any, seed: int, side: str) -> dict[str, Any]:
         made.append((case.recipe, seed, side))
-        return run(-1000, -100 - seed)
+        return run(*[-1000] * 60, -100 - seed)
 
     monkeypatch.setattr(learning, "run", pretend)
     file = tmp_path / "new" / "found.json"
@@ -86,3 +86,10 @@ def test_a_file_is_added_to_and_nothing_is_run_twice(
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["pendulum_sac"]["ours"] == {"0": -100, "1": -101} and printed["pendulum_sac"]["reached"] == "2 of 2"
     assert file.with_suffix(".png").stat().st_size > 1000
+    monkeypatch.setattr(sys, "argv", ["run.py", "--seeds", "0", "--sides", "ours"])
+    learning.main()
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])) == 6
+    monkeypatch.setattr(sys, "argv", ["run.py", "pendulum"])
+    with pytest.raises(SystemExit):
+        learning.main()
+    assert "no case pendulum; there are cartpole_ppo," in capsys.readouterr().err
