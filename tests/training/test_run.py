@@ -58,7 +58,7 @@ def test_another_seed_is_another_run(tmp_path: Path) -> None:
 def test_a_run_killed_in_the_middle_goes_on_exactly(recipe: Any, tmp_path: Path) -> None:
     train(recipe(), tmp_path / "whole")
     process = start(recipe, tmp_path / "killed")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150  # importing torch alone takes a minute on a crowded machine
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:  # past the checkpoint of iteration 2
         assert process.poll() is None and time.monotonic() < deadline
