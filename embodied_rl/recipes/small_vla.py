@@ -45,14 +45,11 @@ def small_vla_ppo() -> RunConfig:
 
 
 def small_vla_grpo() -> RunConfig:
-    """The same clone improved by GRPO: eight episodes from each initial state, compared with each other. Without a
-    value function it takes more steps than PPO."""
-    start = small_vla_ppo()
+    """The same clone improved by GRPO: eight episodes from each initial state, compared with each other."""
     return replace(
-        start,
+        small_vla_ppo(),
         recipe="small_vla_grpo",
         algorithm=GRPOConfig(
             learning_rate=3e-5, adapt_to_kl=0.02, group_size=8, groups_per_iteration=6, epochs=2, minibatches=12
         ),
-        training=replace(start.training, env_steps=300_000),
     )
