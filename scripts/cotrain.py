@@ -24,7 +24,6 @@ import platform
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,13 +58,13 @@ def main() -> None:
     if arguments.smoke:
         small = {"seeds": [0], "simulated": 4, "real": 2, "env_steps": 9_000, "episodes": 4}
         arguments = argparse.Namespace(**(vars(arguments) | small))
-    folder, began, runs = arguments.out or Path(tempfile.mkdtemp(prefix="cotrain-")), time.monotonic(), []
+    folder, runs = arguments.out or Path(tempfile.mkdtemp(prefix="cotrain-")), []
     for seed in arguments.seeds:
         runs.append(run(arguments, seed, folder / f"seed{seed}"))
-        report(arguments, runs, time.monotonic() - began)  # after every seed: an interrupted job leaves what it has
+        report(arguments, runs)  # after every seed: an interrupted job leaves what it has
 
 
-def report(arguments: argparse.Namespace, runs: list[dict[str, Any]], seconds: float) -> None:
+def report(arguments: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
     episodes = arguments.episodes * len(runs)
     total = {arm: score(sum(each[arm]["successes"] for each in runs), episodes) for arm in ARMS}
     summary = {
@@ -73,8 +72,7 @@ def report(arguments: argparse.Namespace, runs: list[dict[str, Any]], seconds: f
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
         "physics_of_the_robot": vars(REAL),
         "settings": {name: getattr(arguments, name) for name in ("simulated", "real", "beta", "env_steps", "episodes")},
-        "seconds": round(seconds),
-        "cpu_seconds": round(sum(os.times()[:4])),
+        "seconds": sum(each[arm]["seconds"] for each in runs for arm in ARMS),
         "runs": runs,
         "all": total,
     }
