@@ -3,8 +3,8 @@
     uv run python benchmarks/learning/quickstart.py --seeds 0 1
 
 Every run is one of the command line. The results file is written after each, and what it holds of other recipes and
-seeds stays. `--parallel 2` runs two at a time, each slower for it: "cpu_seconds" (of all processes of a run) says what
-it costs whatever else the machine does. The last line printed is one JSON object.
+seeds, and any note, stays. `--parallel 2` runs two at a time, each slower for it: "cpu_seconds" (of all processes of a
+run) says what it costs whatever else the machine does. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ def add(file: Path, name: str, numbers: dict[str, Any]) -> None:
     """Write one run into the results."""
     print(name, numbers, flush=True)
     with WRITING:
-        known = json.loads(file.read_text())["runs"] if file.exists() else {}
-        summary = {
+        known = json.loads(file.read_text()) if file.exists() else {}
+        summary = known | {
             "command": "uv run python benchmarks/learning/quickstart.py --seeds 0 1",
             "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
-            "runs": dict(sorted((known | {name: numbers}).items())),
+            "runs": dict(sorted((known.get("runs", {}) | {name: numbers}).items())),
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(summary, indent=2) + "\n")
