@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ class Beside(threading.Thread):
         self._call = call
         self._result: Any = None
         self._error: BaseException | None = None
+        # `join` would do if Python 3.12 did not take a thread for ended once Ctrl-C interrupts it.
+        self._done = threading.Event()
         self.start()
 
     def run(self) -> None:
@@ -38,6 +41,8 @@ class Beside(threading.Thread):
             self._result = self._call()
         except BaseException as error:  # raised again where the result is asked for
             self._error = error
+        finally:
+            self._done.set()
 
     def check(self) -> None:
         """Raise what the call raised, with its traceback, if it has."""
@@ -46,8 +51,7 @@ class Beside(threading.Thread):
 
     def result(self) -> Any:
         """What the call returns; waits for it."""
-        self.join(LONGEST)
-        if self.is_alive():
+        if not self._done.wait(LONGEST):
             raise TimeoutError(f"an update did not end within {LONGEST / 3600:.0f} hours")
         self.check()
         return self._result
@@ -56,10 +60,12 @@ class Beside(threading.Thread):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is not None and self.is_alive():
-            # Not to be waited for: an update may take minutes, and whoever pressed Ctrl-C wants to leave.
+        # Not to be waited for: an update may take minutes, and whoever pressed Ctrl-C wants to leave.
+        deadline = time.monotonic() + _GRACE
+        while kind is not None and not self._done.is_set() and time.monotonic() < deadline:
+            # Again and again: what is raised in the middle of a callback is lost.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident or 0), ctypes.py_object(_Stopped))
-            self.join(_GRACE)
+            self._done.wait(0.2)
 
 
 class Replica:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pipeline_toys import in_groups, make_worker, same, snapshot
 from reach import LIMIT
-from simulator_toys import assert_same
+from simulator_toys import assert_same  # type: ignore[import-not-found]
 from training_toys import ReachConfig, off_policy, on_policy
 
 from embodied_rl.config import PipelineConfig, override

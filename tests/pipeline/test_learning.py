@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import training_toys
 from pipeline_toys import in_groups, make_worker
 
 from embodied_rl.algorithms.base import OnPolicyAlgorithm
@@ -79,14 +85,15 @@ class Learner(OnPolicyAlgorithm):
     staleness = 1
     policy: Any = torch.nn.Linear(1, 1)
 
-    def __init__(self, learn: Any) -> None:
-        self.learn = lambda batch, generator: learn() or {}
+    def __init__(self, call: Any) -> None:
+        self.call = call
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {}
 
     def learn(self, trajectory: Trajectory, generator: torch.Generator) -> Any:
-        """Replaced."""
+        self.call()
+        return {}
 
 
 class Worker:
@@ -130,23 +137,63 @@ def test_what_the_learner_raises_ends_the_run_at_once_with_its_own_traceback() -
         workflow_of(lambda: (time.sleep(0.1), explode()), lambda: None).iterate(border=False)
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def test_ctrl_c_does_not_wait_for_an_update() -> None:
+@pytest.mark.parametrize("waiting", [True, False], ids=["waiting", "collecting"])
+def test_ctrl_c_does_not_wait_for_an_update(waiting: bool) -> None:
     learners: list[threading.Thread] = []
 
     def learn_for_minutes() -> None:
         learners.append(threading.current_thread())
+        time.sleep(0.3)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         for _ in range(10_000):
             time.sleep(0.01)
 
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        workflow_of(learn_for_minutes, lambda: learners and interrupt(), decisions=10**9).iterate(border=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+    try:
+        began = time.monotonic()
+        workflow = workflow_of(learn_for_minutes, lambda: time.sleep(0 if waiting else 0.01), 1 if waiting else 10**9)
+        with pytest.raises(KeyboardInterrupt):
+            workflow.iterate(border=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    learners[0].join(10)
+    assert not any(thread.name == "learner" for thread in threading.enumerate())
     assert time.monotonic() - began < 15
-    assert not learners[0].is_alive()
+    assert workflow.worker.policy is workflow.algorithm.policy
+
+
+INTERRUPTED = """
+import signal, sys
+from dataclasses import replace
+from pathlib import Path
+import training_toys
+from embodied_rl.algorithms.ppo import PPOConfig
+from embodied_rl.config import PipelineConfig
+from embodied_rl.training.run import train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
+config = training_toys.on_policy(checkpoint_every=1000, evaluate_every=0)
+config = replace(config, algorithm=PPOConfig(epochs=10**7, staleness=1), pipeline=PipelineConfig(env_groups=2))
+train(config, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_that_learns_beside_collecting(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(training_toys.__file__).parent)}
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "run")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            deadline = time.monotonic() + 120
+            while not list((tmp_path / "run" / "checkpoints").glob("*")) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            time.sleep(3)  # the segments are there; the update goes on
+            os.kill(child.pid, signal.SIGINT)
+            began = time.monotonic()
+            _, error = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert time.monotonic() - began < 30
+    assert error.rstrip().endswith("KeyboardInterrupt") and "_Stopped" not in error, error
 
 
 def test_a_batch_that_is_too_old_is_never_learned_from() -> None:
@@ -164,14 +211,14 @@ def test_a_thread_that_ended_is_left_alone() -> None:
 
 
 def test_a_replica_keeps_its_weights_and_shares_what_is_frozen() -> None:
-    policy = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    policy: Any = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     policy[0].bias.requires_grad_(False)
     replica = Replica(policy)
     assert replica.policy[0].bias is policy[0].bias
     assert replica.policy[0].weight is not policy[0].weight
     before = copy.deepcopy(policy.state_dict())
     with torch.no_grad():
-        policy[0].weight += 1
+        policy[0].weight.add_(1)
     policy(torch.randn(4, 3))
     assert all(torch.equal(replica.policy.state_dict()[name], value) for name, value in before.items())
     replica.follow()
