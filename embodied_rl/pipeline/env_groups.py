@@ -100,8 +100,11 @@ def build_simulator(config: Any, groups: int, schedule: ResetSchedule, log_dir: 
     not stepped in so many processes of its own."""
     if groups == 1:
         return config.build(schedule, log_dir=log_dir)
-    if (getattr(config, "workers", None) or 0) < groups:
-        raise UserError(f"pipeline.env_groups {groups} needs as many simulator processes: set simulator.workers")
+    if min(config.num_envs, getattr(config, "workers", None) or 0) < groups:
+        raise UserError(
+            f"pipeline.env_groups {groups} needs as many environments and processes of the simulator: set "
+            f"simulator.num_envs and simulator.workers to at least {groups}, or pipeline.env_groups to 1"
+        )
     each = [
         replace(config, num_envs=envs, workers=min(workers, envs))
         for envs, workers in zip(_deal(config.num_envs, groups), _deal(config.workers, groups), strict=True)

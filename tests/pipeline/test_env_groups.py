@@ -134,6 +134,8 @@ def test_groups_that_cannot_be_are_refused(tmp_path: Path) -> None:
     streams = Streams(3, 1, 4, 4)
     with pytest.raises(UserError, match=r"env_groups 3 .*simulator\.workers"):
         build_simulator(ReachConfig(workers=2), 3, streams)
+    with pytest.raises(UserError, match=r"env_groups 3 .*simulator\.num_envs"):
+        build_simulator(ReachConfig(num_envs=2, workers=3), 3, streams)
     with pytest.raises(UserError, match="at least 1, not 0"):
         PipelineConfig(0)
     with pytest.raises(UserError, match="leave it at 1"):
