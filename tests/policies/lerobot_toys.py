@@ -53,8 +53,8 @@ def write_smolvlm(folder):
         SmolVLMConfig,
         SmolVLMImageProcessor,
         SmolVLMProcessor,
-        SmolVLMVideoProcessor,
     )
+    from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
     from embodied_rl.policies.tiny_vla import TOKENIZER
 
