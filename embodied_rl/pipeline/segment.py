@@ -49,10 +49,11 @@ class Segment:
     def __init__(self, decisions: int, num_envs: int, policy: Policy, memory: Memory) -> None:
         self._shape = decisions, num_envs
         self._policy = policy
+        self._device = policy.device
         self._memory = memory
         self._parts: dict[str, dict[str, Tensor]] = {}
-        self._final_value = torch.zeros(self._shape, device=policy.device)
-        self._last_value = torch.zeros(num_envs, device=policy.device)
+        self._final_value = torch.zeros(self._shape, device=self._device)
+        self._last_value = torch.zeros(num_envs, device=self._device)
         self._episodes: list[Episode] = []
 
     @torch.no_grad()
@@ -60,7 +61,7 @@ class Segment:
         """Add decision `t` of `rows`."""
         sample, result = step.sample, step.result
         names = ("reward", "terminated", "truncated", "valid")
-        plain = {name: torch.from_numpy(getattr(result, name)).to(self._policy.device) for name in names}
+        plain = {name: torch.from_numpy(getattr(result, name)).to(self._device) for name in names}
         plain |= {"actions": sample.actions, "log_prob": required(sample.log_prob), "value": required(sample.value)}
         plain["tickets"] = torch.from_numpy(step.tickets)
         for part, tensors in {"inputs": step.inputs, "trace": sample.trace, "plain": plain}.items():
