@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib.util
 import sys
 import time
@@ -324,10 +325,17 @@ def _summary(target: str) -> str:
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     if not path.is_file():
         return ""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
-            return (ast.get_docstring(node) or "").partition("\n")[0]
-    return ""
+    return _summaries(path).get(attribute, "")
+
+
+@functools.cache
+def _summaries(path: Path) -> dict[str, str]:
+    """First lines of the docstrings of a source file's classes and functions, by name."""
+    return {
+        node.name: (ast.get_docstring(node) or "").partition("\n")[0]
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    }
 
 
 if __name__ == "__main__":
