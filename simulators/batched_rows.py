@@ -22,10 +22,13 @@ class BatchedRows:
         self._mine = slice(first, first + environment.num_envs)
         self._hold = np.asarray(environment.action_spec.hold, np.float32)
         self._block: Block | None = None
+        self._steps: dict[tuple[int, int], list[Steps]] = {}
+        """Of each action, by (buffer, K): making such views takes as long as a step of a small environment."""
 
     def map(self, where: dict[str, Any]) -> None:
         """Use the arrays described by {"start", "fields"} from now on."""
         self._block = Block(map_arrays(self._memory, where["start"], where["fields"]))
+        self._steps = {}
 
     def reset(self, buffer: int) -> None:
         """Reset the rows that `run` and observe them into `buffer`; other rows keep their last observation."""
@@ -40,14 +43,17 @@ class BatchedRows:
         frame = block.frames[buffer]
         # A copy: an environment may keep or change what it is given.
         actions = block.actions[self._mine, :chunk].copy()
-        steps = block.steps[buffer][self._mine, :chunk]
+        if (buffer, chunk) not in self._steps:
+            self._steps[buffer, chunk] = [block.steps[buffer][self._mine, k] for k in range(chunk)]
         run = block.run[self._mine].copy()
         live, running = run.copy(), np.count_nonzero(run)
-        if not running:
-            steps.clear()
         before: Frame = block.frames[1 - buffer]
-        for k in range(chunk):
-            ended = self._step(actions[:, k], steps[:, k], live, running) if running else np.zeros_like(live)
+        for k, steps in enumerate(self._steps[buffer, chunk]):
+            if running:
+                ended = self._step(actions[:, k], steps, live, running)
+            else:
+                ended = live  # none
+                steps.clear()
             count = np.count_nonzero(ended)
             if count:  # taken before anything moves the rows that ended
                 self._observe(block.final, ended)
@@ -59,9 +65,8 @@ class BatchedRows:
             if count:
                 live &= ~ended
                 running -= count
-                steps[:, k + 1 :].clear()
         if running == len(live):
-            self._observe(frame, live)
+            write_frame(frame, self._mine, self._environment.observe(np.arange(len(live))))
             return
         ended = run & ~live
         again = ended & (block.states[self._mine, 0] >= 0)
@@ -81,8 +86,8 @@ class BatchedRows:
         steps.valid[:] = live
         steps.reward[:] = reward if whole else np.where(live, reward, 0)
         ended = live & (terminated | truncated)
-        steps.terminated[:] = terminated & ended
-        steps.truncated[:] = ended & ~steps.terminated
+        np.logical_and(terminated, ended, out=steps.terminated)
+        np.greater(ended, steps.terminated, out=steps.truncated)
         steps.success[:] = False if success is None else live & success
         return ended
 

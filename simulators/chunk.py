@@ -45,7 +45,9 @@ class Steps:
 
     def __getitem__(self, index: Any) -> Steps:
         """Views of every array."""
-        return Steps(*(array[index] for array in self._arrays()))
+        return Steps(
+            self.reward[index], self.terminated[index], self.truncated[index], self.valid[index], self.success[index]
+        )
 
     def clear(self) -> None:
         """Nothing was executed."""
@@ -86,12 +88,14 @@ def frame_fields(spec: ObservationSpec, *batch: int) -> Fields:
     return fields
 
 
-def write_frame(frame: Frame, rows: int | np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-    """frame[rows] = values for one row or increasing integer rows; raises ValueError where `values` are not what the
-    observation spec promised."""
+def write_frame(frame: Frame, rows: int | slice | np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+    """frame[rows] = values for one row, a slice(first, last + 1) or increasing integer rows; raises ValueError where
+    `values` are not what the observation spec promised."""
     if values.keys() != frame.keys() and values.keys() != {k for k, v in frame.items() if v.size}:
         raise ValueError(f"observe() gave {sorted(values)} where observation_spec has {sorted(frame)}")
-    batch = (len(rows),) if isinstance(rows, np.ndarray) else ()
+    if isinstance(rows, np.ndarray) and len(rows) == rows[-1] + 1 - rows[0]:
+        rows = slice(rows[0], rows[-1] + 1)  # twice as fast as an array of indices
+    batch = _batch(rows)
     for name, value in values.items():
         target = frame[name]
         shape = batch + target.shape[1:]
@@ -100,10 +104,13 @@ def write_frame(frame: Frame, rows: int | np.ndarray, values: Mapping[str, np.nd
                 f"observe() gave '{name}' as {value.dtype} {list(value.shape)} where observation_spec has "
                 f"{target.dtype} {list(shape)}"
             )
-        if isinstance(rows, np.ndarray) and len(rows) == rows[-1] + 1 - rows[0]:
-            target[rows[0] : rows[-1] + 1] = value  # twice as fast as with an array of indices
-        else:
-            target[rows] = value
+        target[rows] = value
+
+
+def _batch(rows: int | slice | np.ndarray) -> tuple[int, ...]:
+    if isinstance(rows, slice):
+        return (int(rows.stop - rows.start),)
+    return (len(rows),) if isinstance(rows, np.ndarray) else ()
 
 
 class Ledger:

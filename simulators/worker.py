@@ -11,7 +11,9 @@ import ctypes
 import faulthandler
 import importlib
 import json
+import math
 import os
+import select
 import signal
 import socket
 import struct
@@ -32,6 +34,8 @@ _MAGIC = b"erl1"
 _HEADER = struct.Struct("<4sIQBBBxII")  # magic, epoch, sequence, kind, buffer, every, chunk, payload length
 _LONGEST = 2**26
 _PR_SET_PDEATHSIG = 1
+_SOON = 1e-3
+"""Seconds."""
 
 
 class Kind(IntEnum):
@@ -72,9 +76,15 @@ class Message(NamedTuple):
 class Channel:
     """Messages over a stream socket, every wait with a deadline."""
 
-    def __init__(self, connection: socket.socket, epoch: int) -> None:
+    def __init__(self, connection: socket.socket, epoch: int, eager: bool = False) -> None:
+        """`eager` to stay awake for a message when the last one came within `_SOON`: going to sleep and waking up takes
+        as long as what a cheap simulator does."""
         self._socket = connection
+        self._socket.setblocking(False)
+        self._poll = select.poll()
         self._epoch = epoch
+        self._eager = eager
+        self._soon = False  # whether the last message came within `_SOON`
 
     def send(self, message: Message, timeout: float | None) -> None:
         """Raises OSError when the other side is gone or does not read within `timeout` seconds."""
@@ -88,8 +98,13 @@ class Channel:
             message.chunk,
             len(message.payload),
         )
-        self._socket.settimeout(timeout)
-        self._socket.sendall(header + message.payload)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        rest = memoryview(header + message.payload)
+        while rest:
+            try:
+                rest = rest[self._socket.send(rest) :]
+            except BlockingIOError:
+                self._wait(select.POLLOUT, deadline)
 
     def receive(self, deadline: float | None) -> Message:
         """The next message. Raises TimeoutError after `deadline` (`time.monotonic`), EOFError or another OSError when
@@ -106,14 +121,28 @@ class Channel:
 
     def _read(self, count: int, deadline: float | None) -> bytes:
         parts = bytearray()
+        awake_until = time.monotonic() + _SOON if self._eager else 0.0
         while len(parts) < count:
             # What has already come is read even past the deadline: it may have passed while waiting for another worker.
-            self._socket.settimeout(None if deadline is None else max(deadline - time.monotonic(), 1e-3))
-            part = self._socket.recv(count - len(parts))
+            try:
+                part = self._socket.recv(count - len(parts))
+            except BlockingIOError:
+                if self._soon and time.monotonic() < awake_until:
+                    os.sched_yield()
+                else:
+                    self._wait(select.POLLIN, deadline)
+                continue
             if not part:
                 raise EOFError
             parts += part
+        self._soon = time.monotonic() < awake_until
         return bytes(parts)
+
+    def _wait(self, event: int, deadline: float | None) -> None:
+        """Sleep until the socket is ready for `event`; raises TimeoutError when it is not before `deadline`."""
+        self._poll.register(self._socket, event)
+        if not self._poll.poll(None if deadline is None else max(math.ceil(1e3 * (deadline - time.monotonic())), 1)):
+            raise TimeoutError
 
 
 @dataclass(frozen=True)

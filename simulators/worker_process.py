@@ -70,12 +70,16 @@ class _Process:
 class WorkerProcess:
     """The parent's handle of one worker: its rows, its current process and what that printed."""
 
-    def __init__(self, index: int, rows: slice, order: dict[str, Any], python: str, log_dir: Path | None) -> None:
+    def __init__(
+        self, index: int, rows: slice, order: dict[str, Any], python: str, log_dir: Path | None, eager: bool
+    ) -> None:
+        """`eager`: see `Channel`."""
         self.rows = rows
         self.order = order | {"first": rows.start, "count": rows.stop - rows.start}
         self.exit_code: int | None = None
         self._name = f"worker {index} (environments {rows.start}-{rows.stop - 1})"
         self._python = python
+        self._eager = eager
         self._epoch = 0
         self._process: _Process | None = None
         self._death: WorkerDied | None = None
@@ -113,7 +117,7 @@ class WorkerProcess:
             raise UserError(f"the simulator's interpreter {self._python} cannot be started: {error}") from error
         finally:
             theirs.close()
-        self._process = _Process(popen, Channel(ours, self._epoch))
+        self._process = _Process(popen, Channel(ours, self._epoch, self._eager))
 
     def send(self, message: Message, timeout: float) -> None:
         """A dead worker is noticed by `answer`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import weakref
@@ -75,8 +76,10 @@ class WorkerSimulator(Simulator):
         self._memory = SharedMemory()
         count, kind = (1, LocalWorker) if workers is None else (workers, WorkerProcess)
         bounds = [num_envs * i // count for i in range(count + 1)]
+        eager = count < (os.cpu_count() or 1)  # one core is left to wait on
         self._workers = [
-            kind(i, slice(bounds[i], bounds[i + 1]), order, python or sys.executable, log_dir) for i in range(count)
+            kind(i, slice(bounds[i], bounds[i + 1]), order, python or sys.executable, log_dir, eager)
+            for i in range(count)
         ]
         # Also when the last reference goes, and when the interpreter exits.
         self._release = weakref.finalize(self, _close, self._workers, self._memory)
