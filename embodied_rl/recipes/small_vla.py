@@ -45,8 +45,8 @@ def small_vla_ppo() -> RunConfig:
 
 
 def small_vla_grpo() -> RunConfig:
-    """The same clone improved by GRPO: eight episodes from each of sixteen initial states, of which those that succeeded
-    are reinforced. (By their returns, divided by their deviation, starts that always succeed would count as much.)"""
+    """The same clone improved by GRPO: eight episodes from each of sixteen initial states, of which those that succeed
+    are reinforced. (By returns over their deviation, starts from which all succeed would count as much as others.)"""
     ppo = small_vla_ppo()
     return replace(
         ppo,

@@ -46,8 +46,10 @@ class ManiSkillEnvironment(Environment):
     """One environment; rewards, states and terminations equal those of ManiSkill's `CPUGymWrapper` bit for bit, unless
     `physics` (the fields of `Physics`) says otherwise.
 
-    A reset gives the same start for the same seed. What follows is the same too, save in ManiSkill's humanoid tasks
-    (UnitreeG1-*, MS-Humanoid*), whose own reset leaves something of the last episode in the physics.
+    A reset gives the same start for the same seed. What follows is nearly always the same, too: where several parts of
+    the robot press on one body, PhysX solves these contacts in an order that depends on earlier episodes, whatever its
+    flag of enhanced determinism (PickCube, random actions: 1 of 120 episodes of 60 steps). ManiSkill's humanoid tasks
+    (UnitreeG1-*, MS-Humanoid*) differ more: their own reset leaves something of the last episode in the physics.
 
     Raises `UserError` for an unknown task, control or reward mode, missing assets, or images without a renderer.
     """
