@@ -75,7 +75,7 @@ def measure(groups: int, staleness: int, repetitions: int, iterations: int) -> l
     from pipeline_benchmarks.simulated import SimulatedConfig
 
     from embodied_rl.pipeline.env_groups import build_simulator, rollout_worker
-    from embodied_rl.pipeline.rollout import TicketCounter
+    from embodied_rl.pipeline.tickets import TicketCounter
     from embodied_rl.simulators.reset_schedule import RandomSchedule
     from embodied_rl.specs import connect
     from embodied_rl.training.on_policy import SegmentWorkflow

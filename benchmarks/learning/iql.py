@@ -37,7 +37,8 @@ from peers import Peer
 from embodied_rl.algorithms.iql import IQLConfig
 from embodied_rl.config import DemonstrationsConfig, EvaluationConfig, LoggingConfig, RunConfig
 from embodied_rl.data.demonstrations import DemonstrationEpisode, read, write
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import RolloutWorker
+from embodied_rl.pipeline.tickets import TicketList
 from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
 from embodied_rl.recipes.learning import fetch_reach_sac
 from embodied_rl.specs import connect
@@ -254,7 +255,7 @@ def record(path: Path) -> None:
 
 def episodes(worker: RolloutWorker, streams: Streams, tickets: range) -> list[DemonstrationEpisode]:
     """Whole episodes of a policy of single actions, in the order of their tickets."""
-    worker.restart(TicketCounter(tickets.start, tickets.stop))
+    worker.restart(TicketList(tickets))
     steps: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
     last: dict[int, np.ndarray] = {}
     while len(last) < len(tickets):

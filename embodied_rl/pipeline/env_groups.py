@@ -1,9 +1,8 @@
 """Double buffering: environments in groups, each a simulator of its own, so that while the policy decides for one the
 others are stepped.
 
-Nothing is collected that one group of all would not have collected: tickets are issued in the order of decisions and
-rows, and the noise of a decision belongs to its ticket. (Retried episodes are an exception: which initial state failed
-first depends on who is waited for, and `TicketCounter` retries the first.)
+Nothing is collected that one group of all would not have collected: every row has its own tickets, and the noise of a
+decision belongs to its ticket.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from embodied_rl.errors import UserError
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import RolloutWorker
+from embodied_rl.pipeline.tickets import Tickets
 from embodied_rl.policies.base import Policy
 from embodied_rl.simulators.base import ResetSchedule, Simulator
 from embodied_rl.simulators.chunk import BatchedSimulator, check_reset, check_send
@@ -142,7 +142,7 @@ class GroupedRolloutWorker(RolloutWorker):
     def groups(self) -> Sequence[RolloutWorker]:
         return self._groups
 
-    def restart(self, tickets: TicketCounter) -> None:
+    def restart(self, tickets: Tickets) -> None:
         super().restart(tickets)
         for group, rows in self._rows():
             group.take_over(self, rows)

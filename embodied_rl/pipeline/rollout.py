@@ -6,7 +6,6 @@ episode it is, and hence the noise of every decision.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,64 +15,16 @@ import torch
 
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.segment import Memory, Segment, required
+from embodied_rl.pipeline.tickets import Source, TicketList, Tickets
 from embodied_rl.policies.base import Inputs, Policy
 from embodied_rl.randomness import RowNoise
 from embodied_rl.simulators.base import WAIT, Simulator
 from embodied_rl.specs import Connection
 from embodied_rl.types import ActionSample, ChunkResult, EpisodeBatch, Observation, Trajectory
 
-ATTEMPT = 1 << 48
-"""What a further attempt adds to a ticket; a `ResetSchedule` of a run ignores the bits from here on."""
-REMEMBERED = 256
-"""Failed episodes that wait for another attempt, at most."""
-
-
 Intervene = Callable[[Observation, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """What a person who watches does: (the simulator's observation [N], the policy's actions float32 [N,K,A]) -> (actions
 float32 [N,K,A], bool [N,K]: which of them to execute instead of the policy's), in the policy's units."""
-
-
-class TicketCounter:
-    """Issues consecutive tickets from `first`; `WAIT` from `end` on.
-
-    A share `retry` of the tickets are further attempts at initial states where an episode failed (`failed`), oldest
-    first: the attempt is counted in the high bits of a ticket, so its noise is new and its initial state is not.
-    """
-
-    def __init__(self, first: int, end: int | None = None, retry: float = 0.0) -> None:
-        self.next = first
-        self.end = end
-        self.retry = retry
-        self._failed: deque[int] = deque(maxlen=REMEMBERED)
-        self._due = 0.0
-
-    def issue(self, count: int) -> np.ndarray:
-        """int64 [count]."""
-        return np.array([self._issue() for _ in range(count)], dtype=np.int64)
-
-    def failed(self, ticket: int) -> None:
-        """The episode of `ticket` did not succeed."""
-        if self.retry:
-            self._failed.append(ticket)
-
-    def _issue(self) -> int:
-        self._due += self.retry
-        if self._due >= 1:
-            self._due -= 1
-            if self._failed:
-                return self._failed.popleft() + ATTEMPT
-        if self.end is not None and self.next >= self.end:
-            return WAIT
-        self.next += 1
-        return self.next - 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"next": self.next, "due": self._due, "failed": list(self._failed)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`."""
-        self.next, self._due = state["next"], state["due"]
-        self._failed = deque(state["failed"], maxlen=REMEMBERED)
 
 
 @dataclass
@@ -111,18 +62,18 @@ class RolloutWorker:
         """Called at every decision of a collection, which ends when this raises."""
         self._memory = Memory()
 
-    def restart(self, tickets: TicketCounter) -> None:
+    def restart(self, tickets: Tickets) -> None:
         """Abandon what runs and start fresh episodes in every row, with tickets from `tickets`."""
-        self._counter = tickets
-        self.tickets = tickets.issue(self.simulator.num_envs)
-        self._next_tickets = tickets.issue(self.simulator.num_envs)
+        self._sources: Sequence[Source] = tickets.rows(self.simulator.num_envs)
+        self.tickets = np.array([source.issue() for source in self._sources], dtype=np.int64)
+        self._next_tickets = np.array([source.issue() for source in self._sources], dtype=np.int64)
         self._decisions = np.zeros(self.simulator.num_envs, dtype=np.int64)
         self._observation = self.simulator.reset(tickets=self.tickets)
         self._inputs = self._prepare(self._observation)
 
     def take_over(self, other: RolloutWorker, rows: slice) -> None:
         """Go on where the `rows` of `other` are, whose simulator contains this one's."""
-        self._counter = other._counter
+        self._sources = other._sources[rows]
         self.tickets, self._next_tickets = other.tickets[rows].copy(), other._next_tickets[rows].copy()
         self._decisions = other._decisions[rows].copy()
         self._inputs = {name: tensor[rows] for name, tensor in other._inputs.items()}
@@ -173,8 +124,9 @@ class RolloutWorker:
         self._decisions = np.where(ended | result.lost, 0, self._decisions + 1)
         for episode in result.episodes:
             if episode.success_once is False:
-                self._counter.failed(episode.ticket)
-        self._next_tickets[ended] = self._counter.issue(int(ended.sum()))
+                self._sources[episode.env_id].failed(episode.ticket)
+        for row in result.final_rows:
+            self._next_tickets[row] = self._sources[row].issue()
         final = None if result.final_observation is None else self._prepare(result.final_observation)
         self._observation = result.observation
         self._inputs = self._prepare(result.observation)
@@ -214,9 +166,10 @@ class RolloutWorker:
     def collect_episodes(self, tickets: range, version: int) -> EpisodeBatch:
         """Run the episodes `tickets` once each, from start to end, in weights `version`; rows without one wait.
 
-        An episode lost to a worker's death is run again. Abandons what the worker was doing.
+        An episode lost to a worker's death is run again. The batch is in the order of tickets and decisions, whoever
+        ran them. Abandons what the worker was doing.
         """
-        self.restart(TicketCounter(tickets.start, tickets.stop))
+        self.restart(TicketList(tickets))
         parts: list[EpisodeBatch] = []
         lost: dict[int, int] = {}
         running = [(group, rows) for group, rows in self._rows() if group.running]
@@ -235,7 +188,7 @@ class RolloutWorker:
             for at, part in enumerate(parts):
                 keep = torch.tensor([at > lost.get(ticket, -1) for ticket in part.tickets.tolist()], dtype=torch.bool)
                 parts[at] = combine([part], lambda tensors, keep=keep: tensors[0][keep.to(tensors[0].device)])
-        return combine(parts, torch.cat)
+        return in_order(parts)
 
     @property
     def running(self) -> bool:
@@ -292,3 +245,11 @@ def combine(parts: Sequence[EpisodeBatch], function: Callable[[list[torch.Tensor
     names = ("inputs", "trace", "log_prob", "reward", "valid", "tickets")
     episodes = [episode for part in parts for episode in part.episodes]
     return EpisodeBatch(**{name: each(name) for name in names}, version=parts[0].version, episodes=episodes)
+
+
+def in_order(parts: Sequence[EpisodeBatch]) -> EpisodeBatch:
+    """One batch of whole episodes in the order of their tickets; those of an episode stay in theirs."""
+    order = torch.cat([part.tickets for part in parts]).argsort(stable=True)
+    batch = combine(parts, lambda tensors: torch.cat(tensors)[order.to(tensors[0].device)])
+    batch.episodes.sort(key=lambda episode: episode.ticket)
+    return batch

@@ -89,7 +89,7 @@ class Segment:
             last_value=self._last_value,
             final_value=self._final_value,
             version=version,
-            episodes=self._episodes,
+            episodes=sorted(self._episodes, key=lambda episode: episode.ticket),
             **plain,
         )
 

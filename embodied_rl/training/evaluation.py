@@ -12,7 +12,8 @@ import numpy as np
 
 from embodied_rl.config import load, override
 from embodied_rl.errors import UserError
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import RolloutWorker
+from embodied_rl.pipeline.tickets import TicketList
 from embodied_rl.specs import Connection, connect
 from embodied_rl.training import checkpoint
 from embodied_rl.training.streams import Streams
@@ -77,7 +78,7 @@ def run_episodes(worker: RolloutWorker, tickets: range, deterministic: bool = Tr
     An episode lost to a worker's death is run again with the same ticket, so the list is always complete. Abandons
     what `worker` was doing: call `worker.restart` before going on with training.
     """
-    worker.restart(TicketCounter(tickets.start, tickets.stop))
+    worker.restart(TicketList(tickets))
     episodes: list[Episode] = []
     while len(episodes) < len(tickets):
         worker.begin(deterministic)

@@ -12,7 +12,8 @@ import torch
 from embodied_rl.algorithms.base import EpisodicAlgorithm, Metrics, OnPolicyAlgorithm
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.learning import Beside, Replica
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter, combine
+from embodied_rl.pipeline.rollout import RolloutWorker, combine
+from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.training.workflows import episode_metrics
 from embodied_rl.types import EpisodeBatch, Trajectory
 
@@ -130,8 +131,7 @@ class EpisodeWorkflow(OnPolicyWorkflow):
         missing = count = algorithm.groups_per_iteration
         parts: list[EpisodeBatch] = []
         while missing > 0 and count > 0:
-            tickets = self.tickets.issue(count * size)
-            part = self.worker.collect_episodes(range(int(tickets[0]), int(tickets[-1]) + 1), self.version)
+            part = self.worker.collect_episodes(self.tickets.take(count * size), self.version)
             informative = algorithm.informative(part.episodes)
             parts.append(_only(part, informative))
             missing -= int(informative.sum()) // size

@@ -42,7 +42,8 @@ from embodied_rl.data.replay_buffer import ReplayBuffer
 from embodied_rl.errors import UserError
 from embodied_rl.files import write_atomic
 from embodied_rl.pipeline.env_groups import build_simulator, rollout_worker
-from embodied_rl.pipeline.rollout import Intervene, RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import Intervene, RolloutWorker
+from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.specs import connect
 from embodied_rl.training import checkpoint
 from embodied_rl.training.demonstrations import demonstrate

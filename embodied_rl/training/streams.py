@@ -6,7 +6,7 @@ high bits name the stream, its low bits count within it.
 
 from __future__ import annotations
 
-from embodied_rl.pipeline.rollout import ATTEMPT
+from embodied_rl.pipeline.tickets import ATTEMPT
 from embodied_rl.simulators.base import InitialState, ResetSchedule
 from embodied_rl.simulators.reset_schedule import GroupSchedule, OrderedSchedule, RandomSchedule
 

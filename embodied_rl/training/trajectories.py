@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from embodied_rl.files import write_atomic
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import RolloutWorker
+from embodied_rl.pipeline.tickets import TicketList
 from embodied_rl.specs import ObservationSpec
 
 _POSITION = re.compile(r"(?:.*\.)?(\w+?)_(?:pose|pos|position)\.0$")
@@ -34,7 +35,7 @@ def record_trajectories(worker: RolloutWorker, tickets: range, path: Path) -> No
     columns = position_columns(worker.simulator.observation_spec)
     if not columns:
         return
-    worker.restart(TicketCounter(tickets.start, tickets.stop))
+    worker.restart(TicketList(tickets))
     paths: dict[int, list[np.ndarray]] = defaultdict(list)
     episodes: list[dict[str, Any]] = []
     while len(episodes) < len(tickets):

@@ -18,7 +18,8 @@ from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OfflineAlgo
 from embodied_rl.algorithms.imitation import join, take
 from embodied_rl.data.replay_buffer import ReplayBuffer, WithInterventions
 from embodied_rl.errors import UserError
-from embodied_rl.pipeline.rollout import Decision, RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import Decision, RolloutWorker
+from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.types import Episode
 
 

@@ -12,7 +12,8 @@ from algorithm_benchmarks.cleanrl import PPOLoop
 from algorithm_benchmarks.measuring import Side, compare, repeat
 
 from embodied_rl.algorithms.ppo import PPOConfig
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import RolloutWorker
+from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
 from embodied_rl.simulators.gymnasium.config import GymnasiumConfig
 from embodied_rl.specs import connect

@@ -40,7 +40,8 @@ from matrix_simulators import GROUP, ROWS, STEPS, Recorder
 
 from embodied_rl.algorithms.grpo import GRPOConfig
 from embodied_rl.algorithms.ppo import PPOConfig
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import RolloutWorker
+from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.specs import connect
 from embodied_rl.training.on_policy import EpisodeWorkflow, SegmentWorkflow
 from embodied_rl.types import Observation

@@ -19,7 +19,8 @@ from training_toys import ReachConfig, off_policy, on_policy
 from embodied_rl.config import PipelineConfig, override
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.env_groups import EnvGroups, build_simulator
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import RolloutWorker
+from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.simulators.base import WAIT
 from embodied_rl.simulators.check import check
 from embodied_rl.training.metrics import read_metrics
@@ -49,10 +50,11 @@ def test_groups_do_as_one_simulator_of_all_rows(observe: Any) -> None:
 
 
 @pytest.mark.parametrize("sizes", GROUPINGS, ids=str)
-def test_what_is_collected_does_not_depend_on_groups(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("retry", [0.0, 0.5])
+def test_what_is_collected_does_not_depend_on_groups(sizes: tuple[int, ...], retry: float) -> None:
     with in_groups(5) as one, in_groups(*sizes) as several:
         whole, grouped = make_worker(one), make_worker(several)
-        counters = TicketCounter(0), TicketCounter(0)
+        counters = TicketCounter(0, retry), TicketCounter(0, retry)
         whole.restart(counters[0])
         grouped.restart(counters[1])
         for version in range(3):

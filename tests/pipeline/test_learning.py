@@ -22,7 +22,8 @@ from pipeline_toys import in_groups, make_worker
 from embodied_rl.algorithms.base import OnPolicyAlgorithm
 from embodied_rl.algorithms.ppo import PPO, PPOConfig
 from embodied_rl.pipeline.learning import Beside, Replica
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import RolloutWorker
+from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.training.on_policy import SegmentWorkflow
 from embodied_rl.types import Trajectory
 

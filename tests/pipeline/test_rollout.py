@@ -17,7 +17,8 @@ from training_toys import ReachConfig, off_policy, on_policy, worker_pids
 
 from embodied_rl.data.replay_buffer import ReplayBuffer
 from embodied_rl.errors import UserError
-from embodied_rl.pipeline.rollout import ATTEMPT, Decision, RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import Decision, RolloutWorker
+from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.randomness import RowNoise
 from embodied_rl.simulators.base import WAIT
 from embodied_rl.specs import connect
@@ -51,30 +52,6 @@ def off_policy_worker() -> Iterator[RolloutWorker]:
     with made.simulator:
         made.restart(TicketCounter(0))
         yield made
-
-
-def test_tickets_are_issued_once_and_end_in_waiting() -> None:
-    counter = TicketCounter(10, end=13)
-    assert counter.issue(2).tolist() == [10, 11]
-    assert counter.issue(3).tolist() == [12, WAIT, WAIT]
-    assert counter.issue(1).tolist() == [WAIT]
-    assert counter.next == 13
-
-
-def test_a_failed_ticket_is_attempted_again_from_the_same_state_with_other_noise() -> None:
-    counter = TicketCounter(STREAMS.first("training"), retry=0.25)
-    first = counter.issue(4)
-    assert first.tolist() == list(range(first[0], first[0] + 4))
-    counter.failed(int(first[1]))
-    again = [ticket for ticket in counter.issue(8).tolist() if ticket not in range(first[0], first[0] + 100)]
-    assert again == [first[1] + ATTEMPT]
-    assert STREAMS.state(again[0]) == STREAMS.state(int(first[1]))
-    noise = RowNoise(0, np.array([first[1], again[0]]), np.zeros(2, np.int64)).normal(3)
-    assert not np.array_equal(noise[0], noise[1])
-    counter.failed(again[0])
-    restored = TicketCounter(0, retry=0.25)
-    restored.load_state_dict(counter.state_dict())
-    assert restored.issue(9).tolist() == counter.issue(9).tolist()
 
 
 def test_noise_of_a_row_is_one_philox_stream_keyed_by_seed_ticket_and_decision() -> None:

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import RolloutWorker
+from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.simulators.base import BatchedEnvironment
 from embodied_rl.simulators.chunk import BatchedSimulator
 from embodied_rl.simulators.reset_schedule import RandomSchedule

@@ -20,7 +20,8 @@ from embodied_rl.algorithms.grpo import DAPOConfig, GRPOConfig, ReinforcePlusPlu
 from embodied_rl.algorithms.ppo import PPOConfig
 from embodied_rl.config import RunConfig
 from embodied_rl.errors import UserError
-from embodied_rl.pipeline.rollout import RolloutWorker, TicketCounter
+from embodied_rl.pipeline.rollout import RolloutWorker
+from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.specs import connect
 from embodied_rl.training.metrics import MetricLogger, read_metrics
 from embodied_rl.training.on_policy import EpisodeWorkflow, SegmentWorkflow
@@ -164,8 +165,9 @@ def test_whole_episodes_are_collected_also_when_a_worker_dies() -> None:
         worker.begin = killing_begin  # type: ignore[method-assign]
         again = worker.collect_episodes(range(12), version=4)
     assert simulator.deaths == 1 and worker.lost_episodes > 0
-    assert sorted(episode.ticket for episode in batch.episodes) == list(range(12))
     for found in (batch, again):
+        assert [episode.ticket for episode in found.episodes] == found.tickets.unique_consecutive().tolist()
+        assert [episode.ticket for episode in found.episodes] == list(range(12))
         for episode in found.episodes:
             mine = found.tickets == episode.ticket
             assert int(found.valid[mine].sum()) == episode.length <= LIMIT
