@@ -2,20 +2,21 @@
 
 All sides take turns in one process on one thread, with the same networks, data, batch sizes and environments, which are
 all in that process (ours by `simulator.workers` none). What is measured is CPU seconds, so that a busy machine changes
-little; a ratio is the median over the rounds, above 1: how many times faster ours is.
+little; a ratio is the median over the rounds, above 1: how many times faster ours is. Only "two_cores" is by the clock.
 
     ppo    HalfCheetah-v5, 16 environments x 64 steps, 5 epochs of minibatches of 256, actor and critic each 256 x 256 x
            256 tanh: environment steps per CPU second, stepping, acting and learning together
     sac    batches of 256 drawn from a replay buffer, observations of 17, actions of 6, actor and two critics each 256 x
            256: updates of everything (critics, actor, temperature, targets) per CPU second
+    two_cores  as "ppo", but ours steps in another process and learns beside collecting (staleness 1), and
+           stable-baselines3 computes in one or in two threads, whichever is faster: on a quiet machine only
 
     uv run --group peers python scripts/benchmark_algorithms.py            # two minutes
     uv run --group peers python scripts/benchmark_algorithms.py --smoke    # shows that everything runs
     uv run --group peers python scripts/benchmark_algorithms.py sac        # some of it
 
 The floor beside each is what the matrix products alone allow: one fused forward and backward pass per minibatch, no
-optimizer, no loss, and for PPO bare environments besides. Stepping and learning on two cores at once is not measured
-here. The last line of the output is one JSON object.
+optimizer, no loss, and for PPO bare environments besides. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-SECTIONS = ("ppo", "sac")
+SECTIONS = ("ppo", "sac", "two_cores")
 """Each is a module of algorithm_benchmarks with a function `measure`."""
 
 

@@ -17,3 +17,4 @@ def test_every_section_runs(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "found.json").read_text())
     for section in ("ppo", "sac"):
         assert all(found[f"{section}_{key}"] > 0 for key in ("vs_sb3", "vs_cleanrl", "floor", "of_floor"))
+    assert found["ppo_two_cores_ratio"] > 0
