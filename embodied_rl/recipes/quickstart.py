@@ -83,7 +83,7 @@ def quickstart_reinforce() -> RunConfig:
 
 def quickstart_token_grpo() -> RunConfig:
     """Twice the demonstrations cloned by a policy that acts in tokens (of 32 it learns next to nothing), and GRPO."""
-    run = _groups("quickstart_token_grpo", GRPOConfig(**_STEPS))
+    run = _groups("quickstart_token_grpo", GRPOConfig(**_STEPS | {"learning_rate": 3e-5, "granularity": "token"}))
     return replace(run, policy=TokenMLPConfig(bins=15), demonstrations=DemonstrationsConfig(episodes=64, noise=0.1))
 
 
@@ -115,6 +115,6 @@ _STEPS: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 4, "minibatches": 4, 
 def _groups(name: str, algorithm: GRPOConfig) -> RunConfig:
     """`quickstart_ppo` with whole episodes, for five minutes."""
     start = quickstart_ppo()
-    training = replace(start.training, env_steps=80_000, evaluate_every=15, converged_clone_steps=0)
+    training = replace(start.training, env_steps=160_000, evaluate_every=15, converged_clone_steps=0)
     simulator = replace(start.simulator, max_steps=50)  # PickCube's own
     return replace(start, recipe=name, simulator=simulator, algorithm=algorithm, training=training)
