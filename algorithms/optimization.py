@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,25 +43,64 @@ def adam(
 def backward(loss: Tensor, optimizers: Optimizers, add: bool = False) -> dict[str, Tensor]:
     """Gradients of `loss` for the parameters of `optimizers` and of nothing else, in place of what was there before, or
     added to it. Returns the gradient norm [] of each optimizer's own parameters."""
-    parameters = {name: _parameters(optimizer) for name, optimizer in optimizers.items()}
-    flat = [parameter for group in parameters.values() for parameter in group]
-    gradients = torch.autograd.grad(loss, flat, allow_unused=True)
-    for parameter, gradient in zip(flat, gradients, strict=True):
-        if add and parameter.grad is not None:
-            gradient = parameter.grad if gradient is None else parameter.grad + gradient
-        parameter.grad = gradient
-    return {name: _norm(_gradients(group)) for name, group in parameters.items()}
+    Differentiation().add(loss, optimizers, first=not add)
+    return gradient_norms(optimizers)
+
+
+def gradient_norms(optimizers: Optimizers) -> dict[str, Tensor]:
+    """[], of each optimizer's own parameters as one vector; 0 where there are no gradients."""
+    return {name: _norm(gradients(optimizer)) for name, optimizer in optimizers.items()}
+
+
+class Differentiation:
+    """How the gradients of a minibatch come about: here, in one process that differentiates all of its rows.
+
+    The rows may be split over `ranks` processes instead, each of which differentiates its own, with every mean taken
+    over the rows of all: a subclass adds up what the ranks found.
+    """
+
+    rank = 0
+    """Which of them this is."""
+    ranks = 1
+
+    def __init__(self, precision: torch.dtype = torch.float32) -> None:
+        self._precision = precision
+
+    def computing(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Around what is computed with the weights: matrix products in this precision."""
+        if self._precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, self._precision)
+
+    def add(self, loss: Tensor, optimizers: Optimizers, first: bool) -> None:
+        """Gradients of `loss` for the parameters of `optimizers` and of nothing else, in place of what was there before
+        the `first` of a minibatch, or added to it."""
+        parameters = [parameter for optimizer in optimizers.values() for parameter in parameters_of(optimizer)]
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if not first and parameter.grad is not None:
+                gradient = parameter.grad if gradient is None else parameter.grad + gradient
+            parameter.grad = gradient
+
+    def total(
+        self, optimizers: Optimizers, metrics: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Make the gradients those of the whole minibatch; returns (norm [] of each optimizer's, metrics [] of it)."""
+        return gradient_norms(optimizers), dict(metrics)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Of all ranks."""
+        return tensor
 
 
 def apply(optimizers: Optimizers, norms: Mapping[str, Tensor], max_grad_norm: float) -> None:
     """Clip each optimizer's gradients by its own norm, step, and leave no gradient behind."""
     for name, optimizer in optimizers.items():
-        parameters = _parameters(optimizer)
-        if max_grad_norm < math.inf and (gradients := _gradients(parameters)):
+        if max_grad_norm < math.inf and (found := gradients(optimizer)):
             scale = (max_grad_norm / (norms[name] + 1e-6)).clamp(max=1)
-            torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(found, scale)  # pyright: ignore[reportPrivateImportUsage]
         optimizer.step()
-        for parameter in parameters:
+        for parameter in parameters_of(optimizer):
             parameter.grad = None
 
 
@@ -84,12 +124,14 @@ def read_finite(tensors: Mapping[str, Tensor], update: int) -> dict[str, float]:
     return values
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All that it moves."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Of the parameters that it moves, where there are any."""
+    return [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

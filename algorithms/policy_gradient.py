@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,11 +23,11 @@ from embodied_rl.algorithms.losses import (
     term_mask,
 )
 from embodied_rl.algorithms.optimization import (
+    Differentiation,
     Optimizers,
     actor_parameters,
     adam,
     apply,
-    backward,
     read_finite,
     seed_policy_draws,
 )
@@ -112,6 +112,9 @@ class PolicyGradient(Algorithm):
         self.policy_optimizer = adam(actor_parameters(policy), config.learning_rate, beta2=config.adam_beta2)
         self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coefficient else None
         self.cotraining: CoTraining | None = None
+        self.differentiation = Differentiation()
+        self.improve_elsewhere: Callable[[Batch, int, torch.Generator], Metrics] | None = None
+        """What `improve` leaves its work to, if anything."""
         self.iterations = 0
         self.updates = 0
         self.lag = 0
@@ -130,6 +133,8 @@ class PolicyGradient(Algorithm):
         """Several epochs over the rows of `data`, which weights `version` collected: the means of the metrics over the
         updates made, decisions, updates. Raises `UserError` when one is not finite, leaving the policy as it was before
         that update."""
+        if self.improve_elsewhere is not None:
+            return self.improve_elsewhere(data, version, generator)
         self.iterations += 1
         self.lag = self.iterations - 1 - version
         rows = len(data["log_prob"])
@@ -143,7 +148,7 @@ class PolicyGradient(Algorithm):
             data = data | {"reference": self._scores(self.reference, data)}
         history: list[Metrics] = []
         for index in self._minibatches(rows, generator):
-            metrics = self._update(select(data, index.to(data["log_prob"].device)))
+            metrics = self._update(data, index.to(data["log_prob"].device))
             if metrics is None:
                 break
             history.append(metrics)
@@ -205,22 +210,26 @@ class PolicyGradient(Algorithm):
         if self.reference is not None:
             metrics["kl"] = mean(kl_estimate(log_prob, sums(batch["reference"])[0], "k3"))
             loss = loss + config.kl_coefficient * metrics["kl"]
-        share = batch.get("share", 1.0)
-        return share * loss, {name: share * metric for name, metric in metrics.items()}
+        over_terms = {"approx_kl", "clip_fraction", "dropped"}
+        share, term_share = batch.get("share", 1.0), batch.get("term_share", 1.0)
+        return share * loss, {
+            name: (term_share if name in over_terms else share) * metric for name, metric in metrics.items()
+        }
 
-    def _update(self, batch: Batch) -> Metrics | None:
-        """One minibatch; None, and nothing changed, when the policy has moved too far."""
+    def _update(self, data: Batch, index: Tensor) -> Metrics | None:
+        """One minibatch, the rows `index`; None, and nothing changed, when the policy has moved too far."""
         optimizers: Optimizers = {}
         metrics: dict[str, Tensor] = {}
-        norms: dict[str, Tensor] = {}
-        for part in self._microbatches(batch):
-            loss, found, optimizers = self.losses(part)
-            norms = backward(loss, optimizers, add=bool(metrics))
+        for part in self._microbatches(data, index):
+            with self.differentiation.computing(self.policy.device):
+                loss, found, optimizers = self.losses(part)
+            self.differentiation.add(loss, optimizers, first=not metrics)
             metrics = {name: value.detach() + metrics.get(name, 0.0) for name, value in found.items()}
         if self.cotraining is not None and "grad_norm" in optimizers:  # not while the critic warms up
             for loss in self.cotraining.losses(self.updates, self.config.microbatch):
-                norms |= backward(loss, {"grad_norm": self.policy_optimizer}, add=True)
+                self.differentiation.add(loss, {"grad_norm": self.policy_optimizer}, first=False)
                 metrics["cotraining_loss"] = loss.detach() + metrics.get("cotraining_loss", 0.0)
+        norms, metrics = self.differentiation.total(optimizers, metrics)
         values = read_finite(metrics | norms, self.updates)
         if self.config.target_kl is not None and values.get("approx_kl", 0.0) > self.config.target_kl:
             for optimizer in optimizers.values():
@@ -230,17 +239,34 @@ class PolicyGradient(Algorithm):
         self.updates += 1
         return values
 
-    def _microbatches(self, batch: Batch) -> Iterator[Batch]:
-        """`batch`, or its parts with their "row_share" of its rows and "share" of what its policy loss is a mean of."""
-        config, rows = self.config, len(batch["valid"])
-        if config.microbatch is None or config.microbatch >= rows:
-            yield batch
+    def _microbatches(self, data: Batch, index: Tensor) -> Iterator[Batch]:
+        """What this process differentiates of the rows `index`, in parts with their "row_share" of these rows,
+        "term_share" of the ratios and "share" of what the policy loss is a mean of."""
+        config = self.config
+        pieces = self._pieces(index, config.microbatch)
+        if len(pieces) == self.differentiation.ranks == 1:
+            yield self._here(select(data, index))
             return
-        weight = batch["weight"] if config.mean_over == "episodes" else torch.ones_like(batch["weight"])
-        if config.mean_over == "terms" and config.granularity != "chunk":
-            weight = batch["valid"].sum(1).to(weight.dtype)  # every step has equally many terms
-        for index in torch.arange(rows, device=weight.device).split(config.microbatch):
-            yield select(batch, index) | {"row_share": len(index) / rows, "share": weight[index].sum() / weight.sum()}
+        rows = torch.ones_like(data["weight"])
+        single = config.granularity == "chunk" or data["log_prob"].shape[1] == 1
+        terms = rows if single else data["valid"].sum(1).to(rows.dtype)  # every step has equally many
+        weight = {"terms": terms, "rows": rows, "episodes": data["weight"]}[config.mean_over]
+        shares = {"row_share": rows, "term_share": terms, "share": weight}
+        for piece in pieces:
+            # A rank without a row takes part with one that counts for nothing.
+            batch = select(data, piece if len(piece) else index[:1])
+            batch |= {name: of[piece].sum() / of[index].sum() for name, of in shares.items()}
+            yield self._here(batch)
+
+    def _pieces(self, index: Tensor, size: int | None) -> tuple[Tensor, ...]:
+        """This rank's part of `index` in parts of at most `size`, some of them empty: every rank has equally many."""
+        whose = self.differentiation
+        most = -(-len(index) // whose.ranks)
+        return index.tensor_split(whose.ranks)[whose.rank].tensor_split(-(-most // (size or most)))
+
+    def _here(self, batch: Batch) -> Batch:
+        """`batch` where the policy is."""
+        return tree_map(batch, lambda tensor: tensor.to(self.policy.device))
 
     def _adapt(self, kl: float) -> None:
         wanted = self.config.adapt_to_kl
@@ -259,11 +285,17 @@ class PolicyGradient(Algorithm):
     @torch.no_grad()
     def _scores(self, policy: Any, data: Batch) -> Tensor:
         """[R,L], what `policy` says of the recorded actions, in parts as large as those that are differentiated."""
-        rows = len(data["log_prob"])
+        recorded = data["log_prob"]
+        rows = len(recorded)
+        scores = torch.zeros_like(recorded, device=policy.device)
         size = self.config.microbatch or -(-rows // self.config.minibatches)
-        parts = torch.arange(rows, device=data["log_prob"].device).split(size)
-        batches = (select({name: data[name] for name in ("inputs", "trace")}, part) for part in parts)
-        return torch.cat([policy.evaluate_actions(batch["inputs"], batch["trace"]).log_prob for batch in batches])
+        known = {name: data[name] for name in ("inputs", "trace")}
+        for piece in self._pieces(torch.arange(rows, device=recorded.device), size):
+            batch = self._here(select(known, piece if len(piece) else piece.new_zeros(1)))
+            with self.differentiation.computing(policy.device):
+                found = policy.evaluate_actions(batch["inputs"], batch["trace"]).log_prob
+            scores[piece.to(scores.device)] = found[: len(piece)].to(scores.dtype)
+        return self.differentiation.sum(scores).to(recorded.device)
 
     def modules(self) -> dict[str, nn.Module]:
         return {} if self.reference is None else {"reference": self.reference}

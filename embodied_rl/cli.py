@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from embodied_rl import registry
-from embodied_rl.errors import SimulatorDied, UserError, unknown
+from embodied_rl.errors import LearnerDied, SimulatorDied, UserError, unknown
 
 SETTINGS = """settings:
   Any field of the configuration can be given as --dotted.key value, for example --algorithm.learning-rate 1e-4,
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except SimulatorDied as error:  # its message carries the worker's stderr, which explains more than our traceback
+    except (SimulatorDied, LearnerDied) as error:  # carries what the process printed, more than our traceback
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

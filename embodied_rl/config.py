@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import importlib
 import inspect
 import itertools
 import json
@@ -98,10 +99,38 @@ class PipelineConfig:
     env_groups: int = 1
     """Groups of environments: while the policy decides for one, the others are stepped. 2 pays when deciding and
     stepping take about as long. For algorithms that collect segments or episodes; others already learn meanwhile."""
+    executor: Literal["local", "ray"] = "local"
+    """Where environments are stepped: by this process and its simulators, or by rollout workers on a Ray cluster, each
+    with a replica of the policy. For algorithms that collect segments or episodes."""
+    rollout_workers: int = 1
+    """Rollout workers on Ray; each gets its share of the environments and of the simulator's processes."""
+    rollout_cpus: float = 1.0
+    """Processors that Ray sets aside for a rollout worker and its simulators; less than 1 shares them."""
+    rollout_gpus: float = 0.0
+    """GPUs likewise, where its replica then is."""
+    ray_address: str | None = None
+    """Of a Ray cluster that is running; none starts a private one on this machine, which ends with the run."""
+    learners: int = 1
+    """Processes that every minibatch is split over, for ppo and grpo; 1 learns in the run's own."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """"none": each learner holds all weights and optimizer states; "fsdp2": its part of them."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products of learning; weights, optimizer states and sums of gradients keep theirs."""
 
     def __post_init__(self) -> None:
-        if self.env_groups < 1:
-            raise UserError(f"pipeline: env_groups must be at least 1, not {self.env_groups}")
+        if self.rollout_workers < 1 or self.rollout_cpus <= 0 or self.rollout_gpus < 0:
+            raise UserError(
+                f"pipeline: needs rollout_workers >= 1, rollout_cpus > 0 and rollout_gpus >= 0, not "
+                f"{self.rollout_workers}, {self.rollout_cpus:g} and {self.rollout_gpus:g}"
+            )
+        if self.executor == "local" and (self.rollout_workers > 1 or self.ray_address is not None):
+            raise UserError("pipeline: rollout_workers and ray_address are of the executor ray: set executor, too")
+        if self.env_groups < 1 or self.learners < 1:
+            raise UserError(
+                f"pipeline: env_groups and learners must be at least 1, not {self.env_groups} and {self.learners}"
+            )
+        if self.sharding != "none" and self.learners == 1:
+            raise UserError(f"pipeline: sharding {self.sharding} splits weights over learners: set learners, too")
 
 
 @dataclass(frozen=True)
@@ -216,6 +245,22 @@ def from_dict(values: Any) -> RunConfig:
         elif key not in OPTIONAL or key not in values:
             raise UserError(f"the configuration has no {_flag(key)}")
     return _build(RunConfig, values, "")
+
+
+def component_to_dict(component: Any) -> dict[str, Any]:
+    """JSON-ready, for a process that knows no registered names."""
+    kind = type(component)
+    return {"class": f"{kind.__module__}:{kind.__qualname__}", "fields": _plain(component)}
+
+
+def component_from_dict(values: dict[str, Any]) -> Any:
+    """The inverse of `component_to_dict`; raises `UserError` for a class that cannot be imported."""
+    module, _, name = values["class"].partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{values['class']} cannot be imported by other processes: {error}") from error
+    return _build(kind, values["fields"], "")
 
 
 def load(path: Path) -> RunConfig:

@@ -25,6 +25,10 @@ class SimulatorDied(RuntimeError):
     """A simulator worker ended or stopped answering more often than the run allows; carries its stderr."""
 
 
+class LearnerDied(RuntimeError):
+    """A learner rank ended, stopped answering or raised; carries its traceback or what it printed."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among `known`, with the nearest valid names."""
     known = sorted(known)

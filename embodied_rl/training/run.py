@@ -11,10 +11,10 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,8 @@ from embodied_rl.algorithms.base import (
     OnPolicyAlgorithm,
 )
 from embodied_rl.algorithms.cotraining import CoTraining
+from embodied_rl.algorithms.optimization import Differentiation
+from embodied_rl.algorithms.policy_gradient import PolicyGradient
 from embodied_rl.config import DemonstrationsConfig, RunConfig, to_dict
 from embodied_rl.data import lerobot_dataset
 from embodied_rl.data.demonstration_replay import demonstration_replay
@@ -56,6 +58,9 @@ from embodied_rl.training.streams import Streams
 from embodied_rl.training.trajectories import record_trajectories
 from embodied_rl.training.workflows import OfflineWorkflow, OffPolicyWorkflow, Workflow, imitate
 from embodied_rl.types import Observation
+
+if TYPE_CHECKING:
+    from embodied_rl.pipeline.learner_ranks import LearnerRanks
 
 
 def train(config: RunConfig, out: Path, resume: bool = False, intervene: Intervene | None = None) -> dict[str, Any]:
@@ -88,6 +93,8 @@ class Run:
         self.evaluations: list[EvaluationResult] = []
         self.succeeded = False
         """The development success that ends the run early was reached."""
+        self.learners: LearnerRanks | None = None
+        """Processes that learn in place of this one."""
         self.saved = checkpoint.load(newest) if resume and (newest := checkpoint.latest(out / "checkpoints")) else None
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "config.json", json.dumps(to_dict(config), indent=2))
@@ -116,7 +123,10 @@ class Run:
         ):
             self.progress.phase("start simulators")
             groups = self.config.pipeline.env_groups
-            with build_simulator(self.config.simulator, groups, self.streams, self.out / "logs") as self.simulator:
+            with (
+                build_simulator(self.config.simulator, groups, self.streams, self.out / "logs") as self.simulator,
+                ExitStack() as self.resources,
+            ):
                 self._build()
                 self.phases["start simulators"] += time.monotonic() - self.started
                 return self._phases()
@@ -304,9 +314,27 @@ class Run:
             raise UserError(f"algorithm '{type(self.algorithm).__name__}' cannot learn from rollouts: choose another")
         if self.saved:
             self._restore(workflow, self.saved)
-        else:
+        self._share_learning()
+        if not self.saved:
             self._save(workflow)
         return workflow
+
+    def _share_learning(self) -> None:
+        """Learn in as many processes, and as precisely, as `config.pipeline` says."""
+        pipeline = self.config.pipeline
+        if pipeline.learners == 1 and pipeline.precision == "float32":
+            return
+        if not isinstance(self.algorithm, PolicyGradient):
+            name = type(self.algorithm).__name__
+            raise UserError(f"pipeline.learners and .precision do nothing for {name}: leave them at 1 and float32")
+        if pipeline.learners == 1:
+            self.algorithm.differentiation = Differentiation(getattr(torch, pipeline.precision))
+            return
+        from embodied_rl.pipeline.learner_ranks import LearnerRanks  # torch.distributed, for those who need it
+
+        ranks = LearnerRanks(pipeline.learners, self.policy.device, self.out / "logs")
+        self.learners = self.resources.enter_context(ranks)
+        self.learners.take_over(self.algorithm, self.config.policy, self.simulator, self.config.seed, pipeline)
 
     def _learn(self, workflow: Workflow) -> None:
         """Iterate until the budget is spent or the development success is reached."""
@@ -366,6 +394,10 @@ class Run:
         return EvaluationResult.of(name or stream, episodes)
 
     def _save(self, workflow: Workflow) -> None:
+        if self.learners is None:
+            optimizers = {name: each.state_dict() for name, each in self.algorithm.optimizers().items()}
+        else:
+            optimizers = self.learners.optimizers()
         tree = {
             "iteration": self.iteration,
             "succeeded": self.succeeded,
@@ -378,7 +410,7 @@ class Run:
             "evaluations": [result.to_dict() for result in self.evaluations],
             "policy": self.policy.state_dict(),
             "modules": {name: module.state_dict() for name, module in self.algorithm.modules().items()},
-            "optimizers": {name: each.state_dict() for name, each in self.algorithm.optimizers().items()},
+            "optimizers": optimizers,
             "counters": self.algorithm.counters(),
             "generator": self.generator.get_state(),
             "workflow": workflow.state_dict(),

@@ -1,0 +1,102 @@
+"""Batches of random decisions, of which parts are invalid, for learners that must agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from embodied_rl.config import PipelineConfig
+from embodied_rl.pipeline.learner_ranks import LearnerRanks
+from embodied_rl.simulators.worker import Specs
+from embodied_rl.specs import ActionSpec, ObservationSpec
+from embodied_rl.types import Episode, EpisodeBatch, Trajectory
+
+SPECS = Specs(ObservationSpec(state=5), ActionSpec(low=(-1.0,) * 2, high=(1.0,) * 2, hold=(0.0,) * 2), ())
+
+
+def built(policy: Any, algorithm: Any, seed: int = 0) -> Any:
+    """The algorithm on its policy, as a run builds them."""
+    torch.manual_seed(seed)
+    return algorithm.build(policy.build(SPECS.observation, SPECS.action), seed)
+
+
+def inputs_of(policy: Any, generator: torch.Generator, *shape: int) -> dict[str, Tensor]:
+    return {"state": torch.randn(*shape, policy.observation_spec.state, generator=generator)}
+
+
+def segment(policy: Any, seed: int, version: int, inputs_of: Any = inputs_of, steps: int = 7, envs: int = 5) -> Any:
+    """Episodes that end within chunks, and some decisions that nothing was executed of."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    inputs = inputs_of(policy, generator, steps, envs)
+    sample = policy.act({name: each.flatten(0, 1) for name, each in inputs.items()})
+    shape = steps, envs, policy.chunk
+    executed = torch.randint(policy.chunk + 1, (steps, envs, 1), generator=generator)
+    valid = torch.arange(policy.chunk) < executed
+    ends = torch.rand(shape, generator=generator)
+    return Trajectory(
+        inputs=inputs,
+        trace={name: each.unflatten(0, (steps, envs)) for name, each in sample.trace.items()},
+        actions=sample.actions.unflatten(0, (steps, envs)),
+        log_prob=sample.log_prob.unflatten(0, (steps, envs)),
+        value=torch.randn(steps, envs, generator=generator),
+        last_value=torch.randn(envs, generator=generator),
+        final_value=torch.randn(steps, envs, generator=generator),
+        reward=torch.randn(shape, generator=generator),
+        terminated=(ends < 0.1) & valid,
+        truncated=(ends > 0.9) & valid,
+        valid=valid,
+        tickets=torch.arange(envs).expand(steps, envs),
+        version=version,
+    )
+
+
+def episodes(policy: Any, seed: int, version: int, inputs_of: Any = inputs_of) -> EpisodeBatch:
+    """Two groups of four episodes of several lengths."""
+    whole = segment(policy, seed, version, inputs_of, steps=4, envs=8)
+    keep = whole.valid.flatten(0, 1).any(1)
+
+    def kept(x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[keep]
+
+    generator = torch.Generator().manual_seed(seed)
+    returns = torch.randn(8, generator=generator).tolist()
+    return EpisodeBatch(
+        inputs={name: kept(each) for name, each in whole.inputs.items()},
+        trace={name: kept(each) for name, each in whole.trace.items()},
+        log_prob=kept(whole.log_prob),
+        reward=kept(whole.reward),
+        valid=kept(whole.valid),
+        tickets=kept(whole.tickets),
+        version=version,
+        episodes=[
+            Episode(ticket, 0, ticket, 4, gain, gain > 0, gain > 0, False) for ticket, gain in enumerate(returns)
+        ],
+    )
+
+
+def learn(
+    policy: Any,
+    algorithm: Any,
+    batches: list[Any],
+    ranks: LearnerRanks | None = None,
+    pipeline: PipelineConfig | None = None,
+) -> tuple[dict[str, Tensor], list[dict[str, float]], dict[str, Any]]:
+    """(weights, metrics of every batch, states of the optimizers) of learning from `batches`, here or in `ranks`."""
+    learner = built(policy, algorithm)
+    if ranks is not None:
+        ranks.take_over(learner, policy, SPECS, 0, pipeline or PipelineConfig(learners=2))
+    generator = torch.Generator().manual_seed(3)
+    metrics = [learner.learn(batch, generator) for batch in batches]
+    states = {name: each.state_dict() for name, each in learner.optimizers().items()}
+    if ranks is not None:
+        states = ranks.optimizers()
+    weights = {name: each.clone() for name, each in learner.policy.state_dict().items()}
+    return weights, metrics, tree_clone(states) | {"generator": generator.get_state()}
+
+
+def tree_clone(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
