@@ -125,4 +125,4 @@ class GaussianMLP(Policy):
         return (-0.5 * ((x - mean) * (-log_std).exp()).square() - (log_std + 0.5 * LOG_2PI)).flatten(1)
 
     def _mean(self, features: Tensor) -> Tensor:
-        return self.mean(features).unflatten(1, (self.horizon, -1))
+        return self.mean(features).view(len(features), self.horizon, -1)
