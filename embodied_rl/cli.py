@@ -1,4 +1,4 @@
-"""The command line: `embodied-rl train | evaluate | collect | report | doctor | list | install`.
+"""The command line: `embodied-rl train | evaluate | collect | plan | report | doctor | list | install`.
 
 Everything heavy is imported by the command that needs it, so that help and `list` answer at once.
 """
@@ -50,7 +50,7 @@ def _run(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise unknown("command", argv[0], commands)
     settings: list[str] = []
-    if argv and argv[0] in ("train", "evaluate", "collect"):
+    if argv and argv[0] in ("train", "evaluate", "collect", "plan"):
         argv, settings = _split(argv, commands[argv[0]])
     arguments = parser.parse_args(argv)
     if "function" not in arguments:
@@ -81,6 +81,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument("--seed", type=int, help="seed of everything random in the run")
     train.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/RECIPE-seedS-TIME")
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR from its last checkpoint")
+    train.add_argument(
+        "--placement", choices=("auto",), help="auto: measure the stages first, and take the best plan for this machine"
+    )
     train.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     train.add_argument("--dry-run", action="store_true", help="show sizes, memory and amounts of the run, and exit")
     train.add_argument("--settings", action="store_true", help="show all settings with their values, and exit")
@@ -99,6 +102,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     collect.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .h5")
     collect.add_argument("--episodes", type=_positive, required=True)
     collect.add_argument("--seed", type=int, help="seed of the episodes and of the noise")
+
+    plan = command("plan", _plan, "Measure the stages of a recipe and rank the ways to run it.", **shown)
+    plan.add_argument("recipe", nargs="?", metavar="RECIPE", help="default: quickstart")
+    plan.add_argument("--seed", type=int, help="seed of everything random in the measurement")
+    plan.add_argument("--devices", type=_positive, metavar="N", help="plan for N devices that are not here")
+    plan.add_argument("--memory", type=_positive, metavar="GB", help="of each of them; default: enough")
 
     report = command("report", _report, "Write report.html of a run again.")
     report.add_argument("run", type=Path, metavar="RUN_DIR")
@@ -180,10 +189,16 @@ def _train(arguments: Any) -> None:
     _require_weights(config.policy)
     if not arguments.resume:
         _check_fresh(out)
+    more = {}
+    if arguments.placement:
+        from embodied_rl.planner.plan import choose
+
+        config, more["prediction"], why = choose(config)
+        print(why, flush=True)
     from embodied_rl.training.run import train
 
     try:
-        result = train(config, out, resume=bool(arguments.resume))
+        result = train(config, out, resume=bool(arguments.resume), **more)
     except KeyboardInterrupt:
         print(f"\ngo on with: embodied-rl train --resume {out}", file=sys.stderr)
         raise
@@ -247,6 +262,15 @@ def _collect(arguments: Any) -> None:
 
     written = collect(config, arguments.out, arguments.episodes)
     print(f"{written['path']}: {written['episodes']} episodes, {written['steps']} steps")
+
+
+def _plan(arguments: Any) -> None:
+    if arguments.memory and not arguments.devices:
+        raise UserError("--memory is that of devices which are not here: add --devices N")
+    config = _config(arguments)
+    from embodied_rl.planner.plan import plan
+
+    print(plan(config, arguments.devices, arguments.memory))
 
 
 def _report(arguments: Any) -> None:

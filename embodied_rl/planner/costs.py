@@ -80,3 +80,10 @@ class Work:
     """Of every environment, H."""
     processes: int = 0
     """That step the environments; 0: the simulators run on the devices."""
+    learned: int | None = None
+    """Decisions that are learned from; none where it is all of them, N H."""
+
+    @property
+    def batch(self) -> int:
+        """Decisions that are learned from."""
+        return self.rows * self.decisions if self.learned is None else self.learned

@@ -96,13 +96,12 @@ def seconds(work: Work, placement: Placement, switches: bool = False) -> Seconds
             raise UserError(f"{groups} groups need as many simulator processes, there are {work.processes}")
     inferring, training = max(1, len(placement.infer)), max(1, len(placement.train))
     _parts(rows, inferring, "environments of a group", "devices")
-    batch = work.rows * work.decisions
-    _parts(batch, training, "decisions of a batch", "devices")
+    _parts(work.batch, training, "decisions of a batch", "devices")
     return Seconds(
         simulate=costs.simulate.seconds(rows, stepping),
         infer=costs.infer.seconds(rows, inferring),
         record=costs.record.seconds(rows, inferring),
-        train=costs.train.seconds(batch, training),
+        train=costs.train.seconds(work.batch, training),
         sync=costs.sync,
         switch=2 * costs.switch * switches,
         sharing=sharing,

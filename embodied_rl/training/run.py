@@ -46,6 +46,7 @@ from embodied_rl.files import write_atomic
 from embodied_rl.pipeline.env_groups import build_simulator, rollout_worker
 from embodied_rl.pipeline.rollout import Intervene, RolloutWorker
 from embodied_rl.pipeline.tickets import TicketCounter
+from embodied_rl.planner.prediction import Prediction
 from embodied_rl.specs import connect
 from embodied_rl.training import checkpoint
 from embodied_rl.training.demonstrations import demonstrate
@@ -63,15 +64,21 @@ if TYPE_CHECKING:
     from embodied_rl.pipeline.learner_ranks import LearnerRanks
 
 
-def train(config: RunConfig, out: Path, resume: bool = False, intervene: Intervene | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    out: Path,
+    resume: bool = False,
+    intervene: Intervene | None = None,
+    prediction: Prediction | None = None,
+) -> dict[str, Any]:
     """Run `config` in folder `out` and return the content of its result.json. `intervene`: a person who may take over
-    in the training episodes of an off-policy algorithm.
+    in the training episodes of an off-policy algorithm. `prediction`: how long iterations should take, to be compared.
 
     Raises `UserError` for what the user can fix, `SimulatorDied` after repeated worker deaths. A run that is refused
     before its first checkpoint leaves no folder behind.
     """
     created = not out.exists()
-    run = Run(config, out, resume, intervene)
+    run = Run(config, out, resume, intervene, prediction)
     try:
         return run.run()
     except UserError:
@@ -83,9 +90,17 @@ def train(config: RunConfig, out: Path, resume: bool = False, intervene: Interve
 class Run:
     """The state of a run between its phases."""
 
-    def __init__(self, config: RunConfig, out: Path, resume: bool, intervene: Intervene | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        out: Path,
+        resume: bool,
+        intervene: Intervene | None = None,
+        prediction: Prediction | None = None,
+    ) -> None:
         self.config = config
         self.intervene = intervene
+        self.prediction = prediction
         self.out = out
         self.started = time.monotonic()
         self.iteration = 0
@@ -341,6 +356,7 @@ class Run:
         training = self.config.training
         unit, total = budget(self.config)
         workflow.restart(self.tickets)
+        fresh = True
         while not (self.succeeded or self._spent() >= total):
             began, before = time.monotonic(), self._spent()
             number = self.iteration + 1
@@ -348,7 +364,11 @@ class Run:
             saves = number % training.checkpoint_every == 0
             metrics = workflow.iterate(border=evaluates or saves)
             self.iteration = number
-            metrics[f"time/{unit}_per_second"] = (self._spent() - before) / (time.monotonic() - began)
+            seconds = time.monotonic() - began
+            metrics[f"time/{unit}_per_second"] = (self._spent() - before) / seconds
+            if self.prediction and not (fresh or evaluates or saves):  # others also fill or drain what overlaps
+                metrics |= self.prediction.compare(seconds)
+            fresh = evaluates or saves
             if evaluates:
                 score = self._episodes("development", self.policy)
                 metrics |= {"evaluation/return": score.mean_return, "evaluation/length": score.mean_length}

@@ -1,0 +1,208 @@
+"""What the stages of a recipe cost on this machine, found by running them at three sizes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from embodied_rl.algorithms.base import EpisodicAlgorithm, OnPolicyAlgorithm
+from embodied_rl.config import RunConfig
+from embodied_rl.errors import UserError
+from embodied_rl.pipeline.env_groups import rollout_worker
+from embodied_rl.pipeline.learning import Replica
+from embodied_rl.pipeline.tickets import TicketCounter
+from embodied_rl.planner.costs import Cost, Costs, Work
+from embodied_rl.planner.events import Variation
+from embodied_rl.planner.timeline import Timeline
+from embodied_rl.simulators.chunk import BatchedSimulator
+from embodied_rl.specs import ActionSpec, ObservationSpec, connect
+from embodied_rl.training.on_policy import EpisodeWorkflow, SegmentWorkflow
+from embodied_rl.training.streams import Streams
+
+SIZES = (1, 2, 4)
+"""Quarters of the environments that a recipe has."""
+BUDGET = 1.5
+"""Seconds of collecting after which a segment is cut short for the profile."""
+REPETITIONS = 3
+
+
+class Sample(NamedTuple):
+    """Seconds at one size."""
+
+    rows: int
+    simulate: float
+    infer: float
+    record: float
+    train: float
+    decisions: int
+    """Of every environment in a batch."""
+    batch: int
+    """Decisions that were learned from."""
+    steps: float
+    """Of environments."""
+    spread: float
+    """Standard deviation / mean of `simulate`."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Costs of a recipe on this machine."""
+
+    work: Work
+    variation: Variation
+    samples: list[Sample]
+    steps: float
+    """Of environments, in an iteration."""
+    groups: int
+    """Of environments, at most."""
+    device: torch.device
+    """Of the policy."""
+    cores: int
+    seen: ObservationSpec
+    told: ActionSpec
+
+
+def profile(config: RunConfig) -> Profile:
+    """Run every stage of `config` for seconds to a minute or so, with random weights and a learner that never stops
+    early. Raises `UserError` for an algorithm that neither collects segments nor episodes: what it does when is fixed.
+    """
+    if config.algorithm is None:
+        raise UserError(f"recipe '{config.recipe}' only clones: there is nothing to plan")
+    torch.set_num_threads(1)  # as in a run
+    stage = _Stages(config)
+    sizes = sorted({max(1, config.simulator.num_envs * quarters // 4) for quarters in SIZES})
+    samples = [stage.measure(rows) for rows in sizes]
+    whole, cores = samples[-1], len(os.sched_getaffinity(0))
+    workers = getattr(config.simulator, "workers", None) or 1
+    on_device = str(getattr(config.simulator, "device", "cpu")).startswith("cuda")
+
+    def fit(name: str, at: list[float]) -> Cost:
+        return Cost.fit(at, [max(getattr(sample, name), 1e-9) for sample in samples])
+
+    # Processes step their environments one after the other, as many at a time as there are cores.
+    rows = [float(sample.rows) for sample in samples]
+    stepped = rows if on_device else [count / min(workers, count, cores) for count in rows]
+    costs = Costs(
+        simulate=fit("simulate", stepped),
+        infer=fit("infer", rows),
+        record=fit("record", rows),
+        train=fit("train", [float(sample.batch) for sample in samples]),
+        sync=stage.sync(),
+    )
+    decisions = whole.decisions if stage.episodic else config.training.decisions_per_iteration
+    longer = decisions / whole.decisions
+    return Profile(
+        work=Work(costs, whole.rows, decisions, 0 if on_device else workers, round(whole.batch * longer)),
+        variation=Variation(spread=whole.spread),
+        samples=samples,
+        steps=whole.steps * longer,
+        groups=1 if stage.in_process else min(workers, whole.rows),
+        device=stage.policy.device,
+        cores=cores,
+        seen=stage.seen,
+        told=stage.told,
+    )
+
+
+class _Stages:
+    """One policy and one learner, simulators of any size."""
+
+    policy: Any = None
+    algorithm: Any
+    in_process = False
+    """The simulator is stepped in this process, so it leaves no time to record in."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        known = {field.name for field in fields(config.algorithm)}
+        calm: dict[str, Any] = {"critic_warmup": 0, "target_kl": None}  # the usual iteration, in full
+        self.learner = replace(config.algorithm, **{name: calm[name] for name in known & calm.keys()})
+
+    @property
+    def episodic(self) -> bool:
+        """It learns from whole episodes."""
+        return isinstance(self.algorithm, EpisodicAlgorithm)
+
+    def measure(self, rows: int) -> Sample:
+        """The costs with `rows` environments."""
+        config = self.config
+        fewer: dict[str, Any] = {"num_envs": rows}
+        if workers := getattr(config.simulator, "workers", None):
+            fewer["workers"] = min(workers, rows)
+        group = getattr(config.algorithm, "group_size", 1)
+        streams = Streams(
+            config.seed, config.simulator.num_tasks, 0, 0, num_states=config.simulator.num_states, group_size=group
+        )
+        with (
+            tempfile.TemporaryDirectory() as logs,
+            replace(config.simulator, **fewer).build(streams, log_dir=Path(logs)) as simulator,
+        ):
+            self.in_process = isinstance(simulator, BatchedSimulator)
+            self.seen, self.told = simulator.observation_spec, simulator.action_spec
+            if self.policy is None:
+                self._build()
+            connection = connect(self.seen, self.told, self.policy.observation_spec, self.policy.action_spec)
+            worker = rollout_worker(simulator, self.policy, connection, config.seed)
+            return self._sample(worker, TicketCounter(streams.first("training")))
+
+    def sync(self) -> float:
+        """Seconds to hand the weights over."""
+        replica = Replica(self.policy)
+        replica.follow()
+        began = time.perf_counter()
+        replica.follow()
+        return time.perf_counter() - began
+
+    def _build(self) -> None:
+        torch.manual_seed(self.config.seed)
+        self.policy = self.config.policy.build(self.seen, self.told)
+        self.algorithm = self.learner.build(self.policy, self.config.seed)
+        self.policy = self.algorithm.policy
+        if not isinstance(self.algorithm, OnPolicyAlgorithm | EpisodicAlgorithm):
+            raise UserError(
+                f"{type(self.algorithm).__name__} learns while the simulators execute, in a fixed order: there is "
+                f"nothing to plan; plan a recipe of ppo or grpo"
+            )
+
+    def _sample(self, worker: Any, tickets: TicketCounter) -> Sample:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        decisions = self.config.training.decisions_per_iteration
+        if self.episodic:
+            workflow: Any = EpisodeWorkflow(worker, self.algorithm, generator)
+        else:
+            workflow = SegmentWorkflow(worker, self.algorithm, 2, generator)
+        workflow.restart(tickets)
+        began = time.perf_counter()
+        workflow.collect()
+        if not self.episodic:  # also: all memory is touched once
+            each = (time.perf_counter() - began) / 2
+            workflow.decisions = min(decisions, max(4, int(BUDGET / each)))
+            workflow.collect()
+        found = [self._once(workflow, generator) for _ in range(REPETITIONS)]
+        return Sample(worker.simulator.num_envs, *(median(column) for column in zip(*found, strict=True)))
+
+    def _once(self, workflow: Any, generator: torch.Generator) -> tuple[float, ...]:
+        """A batch: the fields of `Sample` after the first."""
+        timeline, before = Timeline(), workflow.worker.env_steps
+        with timeline.watching(workflow.worker), timeline.span("collect", "rollout"):
+            batch = workflow.collect()
+        chunks = timeline.seconds("simulate")
+        decisions = len(chunks)
+        infer, wait = sum(timeline.seconds("infer")), sum(timeline.seconds("wait"))
+        record = sum(timeline.seconds("collect")) - infer - wait
+        if self.in_process:
+            infer, record = infer + record, 0.0
+        began = time.perf_counter()
+        self.algorithm.learn(batch, generator)
+        train = time.perf_counter() - began
+        spread = float(np.std(chunks) / np.mean(chunks))
+        costs = (float(np.mean(chunks)), infer / decisions, record / decisions, train)
+        return (*costs, decisions, batch.log_prob.shape[:-1].numel(), workflow.worker.env_steps - before, spread)

@@ -1,0 +1,101 @@
+"""Who does what when: spans of the stages of a run, taken at the calls of a worker and a learner as they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from embodied_rl.pipeline.rollout import RolloutWorker
+
+STAGES = ("simulate", "infer", "wait", "train")
+"""A group's simulators execute a chunk, until somebody comes for it; the policy decides; the rollout worker waits for
+simulators; the learner learns."""
+
+
+class Span(NamedTuple):
+    stage: str
+    track: str
+    """Who: "rollout", "learner", "simulator 0"..."""
+    start: float
+    """Seconds of `time.perf_counter`."""
+    seconds: float
+
+
+class Timeline:
+    """Spans in the order in which they ended. Recording one takes microseconds."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    @contextmanager
+    def watching(self, worker: RolloutWorker) -> Iterator[None]:
+        """Record what the groups of `worker` and their simulators do meanwhile."""
+        with ExitStack() as watched:
+            for index, group in enumerate(worker.groups):
+                watched.enter_context(self._watching_group(group, f"simulator {index}"))
+            yield
+
+    def watch_learner(self, algorithm: Any) -> None:
+        """Record when an on-policy or episodic `algorithm` learns from now on."""
+        learn = algorithm.learn
+
+        def watched(*arguments: Any) -> Any:
+            with self.span("train", "learner"):
+                return learn(*arguments)
+
+        algorithm.learn = watched
+
+    @contextmanager
+    def span(self, stage: str, track: str) -> Iterator[None]:
+        """What the block does."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._add(stage, track, start, time.perf_counter())
+
+    def seconds(self, stage: str) -> list[float]:
+        """Of all spans of a stage."""
+        return [span.seconds for span in self.spans if span.stage == stage]
+
+    @contextmanager
+    def _watching_group(self, group: Any, track: str) -> Iterator[None]:
+        begin, finish, send, receive = group.begin, group.finish, group.simulator.send, group.simulator.receive
+        sent = received = 0.0
+
+        def watched_send(*arguments: Any, **more: Any) -> None:
+            nonlocal sent
+            sent = time.perf_counter()
+            send(*arguments, **more)
+            self._add("wait", "rollout", sent, time.perf_counter())
+
+        def watched_receive() -> Any:
+            nonlocal received
+            start = time.perf_counter()
+            result = receive()
+            received = time.perf_counter()
+            self._add("wait", "rollout", start, received)
+            self._add("simulate", track, sent, received)
+            return result
+
+        def watched_begin(*arguments: Any, **more: Any) -> None:
+            start = time.perf_counter()
+            begin(*arguments, **more)
+            self._add("infer", "rollout", start, sent)
+
+        def watched_finish() -> Any:
+            decision = finish()
+            self._add("infer", "rollout", received, time.perf_counter())
+            return decision
+
+        group.begin, group.finish = watched_begin, watched_finish
+        group.simulator.send, group.simulator.receive = watched_send, watched_receive
+        try:
+            yield
+        finally:  # the methods of the classes again
+            del group.begin, group.finish, group.simulator.send, group.simulator.receive
+
+    def _add(self, stage: str, track: str, start: float, end: float) -> None:
+        self.spans.append(Span(stage, track, start, end - start))
