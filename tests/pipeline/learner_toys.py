@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -84,19 +85,36 @@ def learn(
     batches: list[Any],
     ranks: LearnerRanks | None = None,
     pipeline: PipelineConfig | None = None,
-) -> tuple[dict[str, Tensor], list[dict[str, float]], dict[str, Any]]:
-    """(weights, metrics of every batch, states of the optimizers) of learning from `batches`, here or in `ranks`."""
+    saved: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """(what a checkpoint holds, metrics of every batch) of learning from `batches`, here or in `ranks`, from the start
+    or from a checkpoint."""
     learner = built(policy, algorithm)
+    generator = torch.Generator().manual_seed(3)
+    if saved is not None:
+        learner.policy.load_state_dict(saved["policy"])
+        for name, optimizer in learner.optimizers().items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        learner.load_counters(saved["counters"])
+        generator.set_state(saved["generator"])
     if ranks is not None:
         ranks.take_over(learner, policy, SPECS, 0, pipeline or PipelineConfig(learners=2))
-    generator = torch.Generator().manual_seed(3)
     metrics = [learner.learn(batch, generator) for batch in batches]
     states = {name: each.state_dict() for name, each in learner.optimizers().items()}
-    if ranks is not None:
-        states = ranks.optimizers()
-    weights = {name: each.clone() for name, each in learner.policy.state_dict().items()}
-    return weights, metrics, tree_clone(states) | {"generator": generator.get_state()}
+    tree = {
+        "policy": dict(learner.policy.state_dict()),
+        "optimizers": ranks.optimizers() if ranks is not None else states,
+        "counters": learner.counters(),
+        "generator": generator.get_state(),
+    }
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree), metrics
 
 
-def tree_clone(tree: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+def agree(one: tuple[dict[str, Any], Any], other: tuple[dict[str, Any], Any]) -> None:
+    """Two results of `learn`, to the rounding of sums in another order."""
+    (mine, metrics), (theirs, their_metrics) = one, other
+    torch.testing.assert_close(theirs["policy"], mine["policy"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs["optimizers"], mine["optimizers"], rtol=1e-4, atol=1e-6)
+    assert theirs["counters"] == mine["counters"] and torch.equal(theirs["generator"], mine["generator"])
+    for found, expected in zip(their_metrics, metrics, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
