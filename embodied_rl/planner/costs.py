@@ -16,26 +16,28 @@ class Cost:
     """However many rows there are."""
     per_row: float = 0.0
     """Of one row on one device (or in one process)."""
+    cores: float = 1.0
+    """That it keeps busy meanwhile (in each process): less where it waits for a device."""
 
     def seconds(self, rows: float, devices: float = 1) -> float:
         """Of a call for `rows`, dealt out evenly to `devices`."""
         return self.fixed + self.per_row * rows / devices
 
     @classmethod
-    def fit(cls, rows: Sequence[float], seconds: Sequence[float]) -> Cost:
+    def fit(cls, rows: Sequence[float], seconds: Sequence[float], cores: float = 1.0) -> Cost:
         """Through measurements of calls for `rows` (on one device), with the least squares of relative errors and no
         negative number. Where all have equally many rows they tell nothing about what is fixed: nothing is."""
         x, y = np.asarray(rows, float), np.asarray(seconds, float)
         ones, slopes = 1 / y, x / y  # divided by what was measured: the shortest call counts as much as the longest
         if np.ptp(x) == 0:
-            return cls(0.0, float(slopes.sum() / (slopes @ slopes)))
+            return cls(0.0, float(slopes.sum() / (slopes @ slopes)), cores)
         (fixed, per_row), *_ = np.linalg.lstsq(np.stack([ones, slopes], 1), np.ones_like(y))
         # The squares are convex: where the best pair has a negative number, the best allowed one has a zero there.
         if per_row < 0:
             fixed, per_row = ones.sum() / (ones @ ones), 0.0
         elif fixed < 0:
             fixed, per_row = 0.0, slopes.sum() / (slopes @ slopes)
-        return cls(float(fixed), float(per_row))
+        return cls(float(fixed), float(per_row), cores)
 
 
 @dataclass(frozen=True)

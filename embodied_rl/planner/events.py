@@ -181,15 +181,11 @@ def _pools(placement: Placement, each: Seconds, cores: float | None) -> Callable
             return device in placement.simulate[first : first + stepping]
         return device in (placement.train if stage == "train" else placement.infer)
 
-    calls = [("infer", 0), ("train", 0), *(("simulate", group) for group in range(placement.groups))]
-    kinds = {
-        tuple(uses(device, *call) for call in calls)
-        for device in {*placement.simulate, *placement.infer, *placement.train}
-    }
-    own = 0.0 if placement.simulate else each.width
+    calls = [("infer", 0), ("record", 0), ("train", 0), *(("simulate", group) for group in range(placement.groups))]
+    devices = {*placement.simulate, *placement.infer, *placement.train}
+    kinds = {tuple(uses(device, *call) for call in calls) for device in devices}
     needs = {
-        call: {str(kind): 1.0 for kind in kinds if kind[at]}
-        | ({"cores": own if call[0] == "simulate" else 1.0} if cores is not None else {})
+        call: {str(kind): 1.0 for kind in kinds if kind[at]} | ({"cores": each.cores[call[0]]} if cores else {})
         for at, call in enumerate(calls)
     }
-    return lambda stage, group: needs.get(("infer" if stage == "record" else stage, group), {})
+    return lambda stage, group: needs.get((stage, group), {})

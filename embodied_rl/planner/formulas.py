@@ -35,5 +35,7 @@ def _loads(decisions: int, placement: Placement, each: Seconds, cores: float | N
         infers * policy + simulates * simulate + trains * each.train for simulates, infers, trains in placement.kinds
     ]
     if cores is not None:
-        loads.append((policy + each.train + chunks * each.width * each.simulate) / cores)
+        once = {"simulate": each.simulate, "infer": each.infer, "record": each.record}
+        busy = chunks * sum(each.cores[stage] * lasts for stage, lasts in once.items())
+        loads.append((busy + each.cores["train"] * each.train) / cores)
     return loads

@@ -76,8 +76,8 @@ class Seconds(NamedTuple):
     """All there is in an iteration."""
     sharing: int
     """Groups whose simulators share a device."""
-    width: float
-    """Cores that the simulators of one group use; 0 on a device."""
+    cores: dict[str, float]
+    """That a call of simulate, infer, record or train keeps busy."""
 
 
 def seconds(work: Work, placement: Placement, switches: bool = False) -> Seconds:
@@ -105,7 +105,12 @@ def seconds(work: Work, placement: Placement, switches: bool = False) -> Seconds
         sync=costs.sync,
         switch=2 * costs.switch * switches,
         sharing=sharing,
-        width=0.0 if placement.simulate else stepping,
+        cores={
+            "simulate": costs.simulate.cores * stepping,
+            "infer": costs.infer.cores,
+            "record": costs.record.cores,
+            "train": costs.train.cores,
+        },
     )
 
 

@@ -48,13 +48,13 @@ def needed(config: RunConfig, found: Profile) -> Memory:
 def choose(config: RunConfig) -> tuple[RunConfig, Prediction, str]:
     """`config` with the best plan for this machine, what that should bring, and what it is in words. It learns from
     older weights only as far as the configuration allows it to."""
-    found = profile(config)
-    allowed = getattr(config.algorithm, "staleness", 0)
+    found, algorithm = profile(config), config.algorithm
+    allowed = getattr(algorithm, "staleness", 0)
     plan = here(found, allowed)[0]
     groups, staleness = plan.placement.groups, plan.placement.staleness
     chosen = replace(config, pipeline=replace(config.pipeline, env_groups=groups))
-    if staleness != allowed:
-        chosen = replace(chosen, algorithm=replace(config.algorithm, staleness=staleness))
+    if staleness != allowed and algorithm is not None:
+        chosen = replace(chosen, algorithm=replace(algorithm, staleness=staleness))
     rate = found.steps / plan.seconds
     text = f"env_groups {groups}, staleness {staleness}: {plan.seconds:.2f} s per iteration, {rate:,.0f} env steps/s"
     return chosen, Prediction(plan.seconds), f"placement {text} expected, as {plan.reason}"
@@ -74,7 +74,7 @@ def costs_table(found: Profile) -> str:
     ):
         cost: Cost = getattr(costs, name)
         seen = ", ".join(
-            f"{sample.batch if name == 'train' else sample.rows}: {1e3 * getattr(sample, name):.3g}"
+            f"{sample.batch if name == 'train' else sample.rows}: {1e3 * getattr(sample, name).seconds:.3g}"
             for sample in found.samples
         )
         line = f"{1e3 * cost.fixed:.3g} + {1e3 * cost.per_row:.3g} ms x {unit}"

@@ -7,7 +7,6 @@ import tempfile
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from embodied_rl.pipeline.learning import Replica
 from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.planner.costs import Cost, Costs, Work
 from embodied_rl.planner.events import Variation
-from embodied_rl.planner.timeline import Timeline
+from embodied_rl.planner.timeline import Span, Timeline
 from embodied_rl.simulators.chunk import BatchedSimulator
 from embodied_rl.specs import ActionSpec, ObservationSpec, connect
 from embodied_rl.training.on_policy import EpisodeWorkflow, SegmentWorkflow
@@ -34,22 +33,30 @@ BUDGET = 1.5
 REPETITIONS = 3
 
 
+class Stage(NamedTuple):
+    """One call."""
+
+    seconds: float
+    cores: float
+    """That it kept busy, in each process."""
+
+
 class Sample(NamedTuple):
-    """Seconds at one size."""
+    """What was measured at one size."""
 
     rows: int
-    simulate: float
-    infer: float
-    record: float
-    train: float
+    simulate: Stage
+    infer: Stage
+    record: Stage
+    train: Stage
     decisions: int
     """Of every environment in a batch."""
     batch: int
     """Decisions that were learned from."""
-    steps: float
+    steps: int
     """Of environments."""
     spread: float
-    """Standard deviation / mean of `simulate`."""
+    """Standard deviation / mean of the seconds of `simulate`."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def profile(config: RunConfig) -> Profile:
     on_device = str(getattr(config.simulator, "device", "cpu")).startswith("cuda")
 
     def fit(name: str, at: list[float]) -> Cost:
-        return Cost.fit(at, [max(getattr(sample, name), 1e-9) for sample in samples])
+        return Cost.fit(at, [getattr(sample, name).seconds for sample in samples], getattr(whole, name).cores)
 
     # Processes step their environments one after the other, as many at a time as there are cores.
     rows = [float(sample.rows) for sample in samples]
@@ -115,16 +122,17 @@ def profile(config: RunConfig) -> Profile:
 class _Stages:
     """One policy and one learner, simulators of any size."""
 
-    policy: Any = None
+    policy: Any
     algorithm: Any
     in_process = False
     """The simulator is stepped in this process, so it leaves no time to record in."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        known = {field.name for field in fields(config.algorithm)}
+        learner: Any = config.algorithm
+        known = {field.name for field in fields(learner)}
         calm: dict[str, Any] = {"critic_warmup": 0, "target_kl": None}  # the usual iteration, in full
-        self.learner = replace(config.algorithm, **{name: calm[name] for name in known & calm.keys()})
+        self.learner = replace(learner, **{name: calm[name] for name in known & calm.keys()})
 
     @property
     def episodic(self) -> bool:
@@ -147,7 +155,7 @@ class _Stages:
         ):
             self.in_process = isinstance(simulator, BatchedSimulator)
             self.seen, self.told = simulator.observation_spec, simulator.action_spec
-            if self.policy is None:
+            if not hasattr(self, "policy"):
                 self._build()
             connection = connect(self.seen, self.told, self.policy.observation_spec, self.policy.action_spec)
             worker = rollout_worker(simulator, self.policy, connection, config.seed)
@@ -187,22 +195,50 @@ class _Stages:
             workflow.decisions = min(decisions, max(4, int(BUDGET / each)))
             workflow.collect()
         found = [self._once(workflow, generator) for _ in range(REPETITIONS)]
-        return Sample(worker.simulator.num_envs, *(median(column) for column in zip(*found, strict=True)))
+        return sorted(found, key=lambda sample: sample.simulate.seconds + sample.infer.seconds)[REPETITIONS // 2]
 
-    def _once(self, workflow: Any, generator: torch.Generator) -> tuple[float, ...]:
-        """A batch: the fields of `Sample` after the first."""
-        timeline, before = Timeline(), workflow.worker.env_steps
-        with timeline.watching(workflow.worker), timeline.span("collect", "rollout"):
+    def _once(self, workflow: Any, generator: torch.Generator) -> Sample:
+        """A batch."""
+        worker, timeline = workflow.worker, Timeline()
+        pids, before = getattr(worker.simulator, "pids", []), worker.env_steps
+        computed = computing(pids)
+        with timeline.watching(worker), timeline.span("collect", "rollout"):
             batch = workflow.collect()
-        chunks = timeline.seconds("simulate")
-        decisions = len(chunks)
-        infer, wait = sum(timeline.seconds("infer")), sum(timeline.seconds("wait"))
-        record = sum(timeline.seconds("collect")) - infer - wait
+        computed = computing(pids) - computed
+        with timeline.span("train", "learner"):
+            self.algorithm.learn(batch, generator)
+        chunks = [span.seconds for span in timeline.of("simulate")]
+        infer, wait, collect, train = (_total(timeline.of(name)) for name in ("infer", "wait", "collect", "train"))
+        record = collect - infer - wait
         if self.in_process:
-            infer, record = infer + record, 0.0
-        began = time.perf_counter()
-        self.algorithm.learn(batch, generator)
-        train = time.perf_counter() - began
-        spread = float(np.std(chunks) / np.mean(chunks))
-        costs = (float(np.mean(chunks)), infer / decisions, record / decisions, train)
-        return (*costs, decisions, batch.log_prob.shape[:-1].numel(), workflow.worker.env_steps - before, spread)
+            infer, record, computed = infer + record, np.zeros(2), float(wait[1])
+
+        def stage(total: np.ndarray, calls: int) -> Stage:
+            return Stage(max(float(total[0]) / calls, 1e-9), min(float(total[1] / max(total[0], 1e-9)), 1.0))
+
+        count = len(chunks)
+        return Sample(
+            rows=worker.simulator.num_envs,
+            simulate=stage(np.array([sum(chunks), computed / max(1, len(pids))]), count),
+            infer=stage(infer, count),
+            record=stage(record, count),
+            train=stage(train, 1),
+            decisions=count,
+            batch=batch.log_prob.shape[:-1].numel(),
+            steps=worker.env_steps - before,
+            spread=float(np.std(chunks) / np.mean(chunks)),
+        )
+
+
+def _total(spans: list[Span]) -> np.ndarray:
+    """Seconds, and those of computing."""
+    return np.array([[span.seconds, span.cpu] for span in spans]).reshape(-1, 2).sum(0)
+
+
+def computing(pids: list[int]) -> float:
+    """Seconds that these processes have computed so far, to a hundredth."""
+    ticks = 0
+    for pid in pids:
+        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        ticks += int(user) + int(system)
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -21,6 +21,8 @@ class Span(NamedTuple):
     start: float
     """Seconds of `time.perf_counter`."""
     seconds: float
+    cpu: float
+    """Seconds of those in which the thread computed; 0 for what other processes do."""
 
 
 class Timeline:
@@ -50,44 +52,44 @@ class Timeline:
     @contextmanager
     def span(self, stage: str, track: str) -> Iterator[None]:
         """What the block does."""
-        start = time.perf_counter()
+        start = _now()
         try:
             yield
         finally:
-            self._add(stage, track, start, time.perf_counter())
+            self._add(stage, track, start, _now())
 
-    def seconds(self, stage: str) -> list[float]:
-        """Of all spans of a stage."""
-        return [span.seconds for span in self.spans if span.stage == stage]
+    def of(self, stage: str) -> list[Span]:
+        """All spans of a stage."""
+        return [span for span in self.spans if span.stage == stage]
 
     @contextmanager
     def _watching_group(self, group: Any, track: str) -> Iterator[None]:
         begin, finish, send, receive = group.begin, group.finish, group.simulator.send, group.simulator.receive
-        sent = received = 0.0
+        sent = received = _now()
 
         def watched_send(*arguments: Any, **more: Any) -> None:
             nonlocal sent
-            sent = time.perf_counter()
+            sent = _now()
             send(*arguments, **more)
-            self._add("wait", "rollout", sent, time.perf_counter())
+            self._add("wait", "rollout", sent, _now())
 
         def watched_receive() -> Any:
             nonlocal received
-            start = time.perf_counter()
+            start = _now()
             result = receive()
-            received = time.perf_counter()
+            received = _now()
             self._add("wait", "rollout", start, received)
-            self._add("simulate", track, sent, received)
+            self._add("simulate", track, (sent[0], 0.0), (received[0], 0.0))
             return result
 
         def watched_begin(*arguments: Any, **more: Any) -> None:
-            start = time.perf_counter()
+            start = _now()
             begin(*arguments, **more)
             self._add("infer", "rollout", start, sent)
 
         def watched_finish() -> Any:
             decision = finish()
-            self._add("infer", "rollout", received, time.perf_counter())
+            self._add("infer", "rollout", received, _now())
             return decision
 
         group.begin, group.finish = watched_begin, watched_finish
@@ -97,5 +99,13 @@ class Timeline:
         finally:  # the methods of the classes again
             del group.begin, group.finish, group.simulator.send, group.simulator.receive
 
-    def _add(self, stage: str, track: str, start: float, end: float) -> None:
-        self.spans.append(Span(stage, track, start, end - start))
+    def _add(self, stage: str, track: str, start: Moment, end: Moment) -> None:
+        self.spans.append(Span(stage, track, start[0], end[0] - start[0], end[1] - start[1]))
+
+
+Moment = tuple[float, float]
+"""Seconds of the clock, and those that this thread has computed."""
+
+
+def _now() -> Moment:
+    return time.perf_counter(), time.thread_time()

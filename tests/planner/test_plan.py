@@ -34,7 +34,10 @@ def profiled() -> Profile:
 def test_a_profile_measures_three_sizes_and_counts_what_an_iteration_holds(profiled: Profile) -> None:
     config = toy()
     assert [sample.rows for sample in profiled.samples] == [1, 2, 4]
-    assert all(min(sample.simulate, sample.infer, sample.record, sample.train) > 0 for sample in profiled.samples)
+    for sample in profiled.samples:
+        stages = (sample.simulate, sample.infer, sample.record, sample.train)
+        assert all(stage.seconds > 0 and 0 <= stage.cores <= 1 for stage in stages)
+        assert sample.infer.cores > 0
     work, whole = profiled.work, profiled.samples[-1]
     assert (work.rows, work.decisions, work.processes, work.batch) == (4, 8, 2, 32)
     assert whole.batch == 4 * whole.decisions
@@ -52,8 +55,8 @@ def test_plans_for_this_machine_are_its_groups_and_the_staleness_that_is_allowed
     assert {plan.placement.mode for plan in plans} == {"cpu"}
     serial = next(plan for plan in plans if (plan.placement.groups, plan.placement.staleness) == (1, 0))
     sample = profiled.samples[-1]
-    each = sample.infer + max(sample.simulate, sample.record)
-    assert serial.seconds == pytest.approx(8 * each + sample.train * 32 / sample.batch, rel=0.5)
+    each = sample.infer.seconds + max(sample.simulate.seconds, sample.record.seconds)
+    assert serial.seconds == pytest.approx(8 * each + sample.train.seconds * 32 / sample.batch, rel=0.5)
 
 
 def test_a_machine_that_is_not_here_is_planned_within_its_memory(profiled: Profile) -> None:

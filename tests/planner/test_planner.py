@@ -18,6 +18,7 @@ from embodied_rl.planner.placement import Placement, Seconds, seconds
 from embodied_rl.planner.search import Machine, placements, search
 
 times = st.floats(0.01, 10)
+ONE = dict.fromkeys(("simulate", "infer", "record", "train"), 1.0)
 CPU = Placement(range(0), range(0), range(0))
 APART = Placement(range(1), range(1, 2), range(2, 3))
 
@@ -59,7 +60,7 @@ def test_events_without_chance_take_what_the_formulas_say(
     decisions: int, groups: int, staleness: int, lasting: list[float], switches: bool
 ) -> None:
     simulate, infer, record, train, sync = lasting
-    each = Seconds(simulate, infer, record, train, sync, 3.0 * switches * (not staleness), 1, 1.0)
+    each = Seconds(simulate, infer, record, train, sync, 3.0 * switches * (not staleness), 1, ONE)
     for placement in (CPU, APART):
         placement = replace(placement, groups=groups, staleness=staleness)
         if groups > 1 and placement is not CPU and placement.simulate:
@@ -77,7 +78,7 @@ def test_the_formulas_are_a_lower_bound_where_stages_share_devices_or_cores(
     one = range(1)
     shared = Placement(one, one, one, groups, staleness)
     for placement, cores, sharing in ((shared, None, groups), (replace(CPU, groups=groups), 1.5, 1)):
-        each = Seconds(*lasting, 0.0, sharing, 1.0)
+        each = Seconds(*lasting, 0.0, sharing, ONE)
         found, _ = events.simulate(decisions, placement, each, cores)
         bound = formulas.iteration(decisions, placement, each, cores)
         simulate, infer, record, train, sync = lasting
@@ -91,7 +92,7 @@ def test_staleness_never_costs_and_cheaper_stages_never_take_longer(
     decisions: int, groups: int, staleness: int, lasting: list[float]
 ) -> None:
     placement = replace(CPU, groups=groups)
-    each = Seconds(*lasting, 0.0, 1, 1.0)
+    each = Seconds(*lasting, 0.0, 1, ONE)
     after = formulas.iteration(decisions, placement, each)
     beside = formulas.iteration(decisions, replace(placement, staleness=1), each)
     assert after / 2 - 1e-9 <= beside <= after + 1e-9
@@ -121,7 +122,7 @@ def test_groups_gain_at_most_a_factor_of_two_and_lose_when_costs_do_not_shrink(
 
 
 def test_cores_that_are_wanted_twice_are_shared() -> None:
-    each = Seconds(simulate=1.0, infer=1.0, record=0.0, train=10.0, sync=0.0, switch=0.0, sharing=1, width=1.0)
+    each = Seconds(simulate=1.0, infer=1.0, record=0.0, train=10.0, sync=0.0, switch=0.0, sharing=1, cores=ONE)
     placement = replace(CPU, groups=2, staleness=1)
     assert events.simulate(5, placement, each, cores=3)[0] == pytest.approx(11.0)
     assert events.simulate(5, placement, each, cores=1)[0] == pytest.approx(30.0)  # all the work there is
@@ -129,7 +130,7 @@ def test_cores_that_are_wanted_twice_are_shared() -> None:
 
 
 def test_chance_makes_iterations_longer_on_average() -> None:
-    each = Seconds(simulate=1.0, infer=0.5, record=0.0, train=1.0, sync=0.0, switch=0.0, sharing=1, width=1.0)
+    each = Seconds(simulate=1.0, infer=0.5, record=0.0, train=1.0, sync=0.0, switch=0.0, sharing=1, cores=ONE)
     placement = replace(CPU, groups=2)
     plain = events.simulate(40, placement, each)[0]
     spread = events.simulate(40, placement, each, variation=events.Variation(spread=0.5), iterations=20)[0]
