@@ -60,6 +60,8 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self.socket.settimeout(PATIENCE)
+        self._readable = select.poll()
+        self._readable.register(connection, select.POLLIN)
         self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:
@@ -70,7 +72,7 @@ class Channel:
 
     def receive(self) -> Any:
         """The next message; waits for it. Raises `EOFError` when the other end is gone, `OSError` in a message."""
-        select.select([self.socket], [], [])
+        self._readable.poll()
         header, descriptors, _, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
         if len(header) < _HEADER.size:
             raise EOFError
@@ -108,6 +110,7 @@ class Message:
         described = [next(place) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.text = json.dumps({"tree": pytree.treespec_dumps(spec), "leaves": described}).encode()
         self.descriptors = [memory.descriptor] if size and memory else []
+        self._memory = memory  # lives as long as what refers to it
         self.header = _HEADER.pack(len(self.text), size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,11 +12,27 @@ from torch.utils import _pytree as pytree
 
 from embodied_rl.config import PipelineConfig
 from embodied_rl.pipeline.learner_ranks import LearnerRanks
+from embodied_rl.policies.gaussian_mlp import GaussianMLP, GaussianMLPConfig
 from embodied_rl.simulators.worker import Specs
 from embodied_rl.specs import ActionSpec, ObservationSpec
-from embodied_rl.types import Episode, EpisodeBatch, Trajectory
+from embodied_rl.types import Episode, EpisodeBatch, Score, Trajectory
 
 SPECS = Specs(ObservationSpec(state=5), ActionSpec(low=(-1.0,) * 2, high=(1.0,) * 2, hold=(0.0,) * 2), ())
+
+
+@dataclass(frozen=True)
+class ImpatientConfig(GaussianMLPConfig):
+    """A policy that rank 1 cannot score by."""
+
+    def build(self, observation_spec: ObservationSpec, action_spec: ActionSpec) -> GaussianMLP:
+        return Impatient(self, observation_spec, action_spec)
+
+
+class Impatient(GaussianMLP):
+    def evaluate_actions(self, inputs: dict[str, Tensor], trace: dict[str, Tensor]) -> Score:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+            raise RuntimeError("no more patience")
+        return super().evaluate_actions(inputs, trace)
 
 
 def built(policy: Any, algorithm: Any, seed: int = 0) -> Any:
