@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embodied_rl.errors import SpecError
-from embodied_rl.policies.base import Inputs, Policy
-from embodied_rl.policies.mlp import Activation, StateNormaliser, mlp, orthogonal, prepare_state, state_spec
+from embodied_rl.policies.base import Inputs
+from embodied_rl.policies.mlp import Activation, StateNormaliser, mlp, orthogonal, state_spec
+from embodied_rl.policies.state_policy import StatePolicy
 from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.randomness import RowNoise
 from embodied_rl.specs import ActionSpec, ObservationSpec
-from embodied_rl.types import ActionSample, Array, Observation, Score
+from embodied_rl.types import ActionSample, Score
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class CategoricalMLPConfig:
         return CategoricalMLP(self, observation_spec, action_spec)
 
 
-class CategoricalMLP(Policy):
+class CategoricalMLP(StatePolicy):
     """p(choice) = softmax(MLP(state)), one term per decision; the trace is the choice."""
 
     def __init__(
@@ -52,13 +53,6 @@ class CategoricalMLP(Policy):
         self.normaliser = StateNormaliser(size)
         self.logits = orthogonal(mlp(size, config.hidden, config.activation, action_spec.choices), last_gain=0.01)
         self.value_head = ValueHead(size, config.value_hidden, config.value_activation)
-
-    def set_statistics(self, mean: Array, std: Array) -> None:
-        """Normalise states with these statistics [S] from now on."""
-        self.normaliser.fit(mean, std)
-
-    def prepare(self, observation: Observation) -> Inputs:
-        return prepare_state(observation, self.device)
 
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
@@ -85,10 +79,6 @@ class CategoricalMLP(Policy):
         choice = torch.where(valid, actions[:, :, 0], 0.0).round().long()[:, 0]
         log_prob = _of(self._log_probs(self.features(inputs)), choice)
         return torch.where(valid, -log_prob, 0.0)[:, 0]
-
-    def features(self, inputs: Inputs) -> Tensor:
-        """The normalised state [B,S]."""
-        return self.normaliser(inputs["state"])
 
     def _log_probs(self, features: Tensor) -> Tensor:
         return F.log_softmax(self.logits(features), 1)

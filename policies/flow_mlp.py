@@ -12,10 +12,10 @@ from embodied_rl.errors import UserError
 from embodied_rl.policies.base import Inputs
 from embodied_rl.policies.flow import FlowSampler, bounded_std
 from embodied_rl.policies.flow_policy import FlowConfig, FlowPolicy
-from embodied_rl.policies.mlp import ActionScale, Activation, StateNormaliser, mlp, prepare_state, state_spec
+from embodied_rl.policies.mlp import ActionScale, Activation, StateNormaliser, mlp, state_spec
+from embodied_rl.policies.state_policy import StatePolicy
 from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.specs import ActionSpec, ObservationSpec
-from embodied_rl.types import Array, Observation
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FlowMLPConfig(FlowConfig):
         return FlowMLP(self, observation_spec, action_spec)
 
 
-class FlowMLP(FlowPolicy):
+class FlowMLP(StatePolicy, FlowPolicy):
     """v = MLP(normalised state, flattened x, sinusoidal t), SiLU. Network actions are the simulator's, scaled from
     their bounds to [-1, 1]."""
 
@@ -70,16 +70,8 @@ class FlowMLP(FlowPolicy):
         self.noise_head = mlp(config.hidden[-1], (64,), "tanh", outputs) if config.method == "noise" else None
         self.value_head = ValueHead(size, config.value_hidden, config.value_activation)
 
-    def set_statistics(self, mean: Array, std: Array) -> None:
-        """Normalise states with these statistics [S] from now on."""
-        self.normaliser.fit(mean, std)
-
-    def prepare(self, observation: Observation) -> Inputs:
-        return prepare_state(observation, self.device)
-
     def encode(self, inputs: Inputs) -> Tensor:
-        """The normalised state [B,S]."""
-        return self.normaliser(inputs["state"])
+        return self.features(inputs)
 
     def velocity(self, prefix: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(v [B,H,A], last hidden layer [B,W])."""
@@ -93,11 +85,7 @@ class FlowMLP(FlowPolicy):
         return bounded_std(self.noise_head(hidden), *self.noise_std).unflatten(1, (self.horizon, self.width))
 
     def value(self, inputs: Inputs) -> Tensor:
-        return self.value_head(self.normaliser(inputs["state"]))
-
-    def features(self, inputs: Inputs) -> Tensor:
-        """The normalised state [B,S]."""
-        return self.normaliser(inputs["state"])
+        return self.value_head(self.features(inputs))
 
     def to_simulator(self, x: Tensor, inputs: Inputs) -> Tensor:
         return self.action_scale.to_simulator(x)

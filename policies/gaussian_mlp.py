@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import UserError
-from embodied_rl.policies.base import Inputs, Policy
+from embodied_rl.policies.base import Inputs
 from embodied_rl.policies.flow import LOG_2PI
 from embodied_rl.policies.mlp import (
     ActionScale,
@@ -16,13 +16,13 @@ from embodied_rl.policies.mlp import (
     StateNormaliser,
     mlp,
     orthogonal,
-    prepare_state,
     state_spec,
 )
+from embodied_rl.policies.state_policy import StatePolicy
 from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.randomness import RowNoise
 from embodied_rl.specs import ActionSpec, ObservationSpec
-from embodied_rl.types import ActionSample, Array, Observation, Score
+from embodied_rl.types import ActionSample, Score
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class GaussianMLPConfig:
         return GaussianMLP(self, observation_spec, action_spec)
 
 
-class GaussianMLP(Policy):
+class GaussianMLP(StatePolicy):
     """Independent Gaussians N(mean(state), exp(log_std)) in network units, L = K*A terms. The trace keeps the sample
     before it is clipped to the action bounds, so that its density is right."""
 
@@ -70,13 +70,6 @@ class GaussianMLP(Policy):
         self.mean = orthogonal(mlp(size, config.hidden, config.activation, outputs), last_gain=0.01)
         self.log_std = nn.Parameter(torch.full((self.horizon, action_spec.dim), config.initial_log_std))
         self.value_head = ValueHead(size, config.value_hidden, config.value_activation)
-
-    def set_statistics(self, mean: Array, std: Array) -> None:
-        """Normalise states with these statistics [S] from now on."""
-        self.normaliser.fit(mean, std)
-
-    def prepare(self, observation: Observation) -> Inputs:
-        return prepare_state(observation, self.device)
 
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
@@ -114,10 +107,6 @@ class GaussianMLP(Policy):
         mean = self._mean(self.features(inputs))
         drawn = torch.randn_like(mean) if noise is None else noise
         return self.action_scale.to_simulator(mean + self.log_std.exp() * drawn)
-
-    def features(self, inputs: Inputs) -> Tensor:
-        """The normalised state [B,S]."""
-        return self.normaliser(inputs["state"])
 
     def _log_prob(self, x: Tensor, mean: Tensor) -> Tensor:
         """log N(x; mean, exp(log_std)) of each of `x` [B,K,A], [B,K*A]."""

@@ -16,7 +16,7 @@ from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies.base import require_continuous
 from embodied_rl.policies.normalization import CONSTANT
 from embodied_rl.specs import ActionSpec, ObservationSpec, pick_state
-from embodied_rl.types import Array, Observation
+from embodied_rl.types import Array
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -112,8 +112,3 @@ def state_spec(policy: str, spec: ObservationSpec, names: Sequence[str]) -> Obse
             f"policy '{policy}' reads the state, but the simulator emits none; pick another observation mode"
         )
     return pick_state(spec, names)
-
-
-def prepare_state(observation: Observation, device: torch.device) -> dict[str, Tensor]:
-    """{"state": float32 [B,S]}, a copy: the simulator overwrites its buffers."""
-    return {"state": torch.asarray(observation.state, dtype=torch.float32, device=device, copy=True)}

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies.base import Inputs
-from embodied_rl.policies.mlp import ActionScale, StateNormaliser, prepare_state, state_spec
+from embodied_rl.policies.mlp import ActionScale, StateNormaliser, state_spec
 from embodied_rl.policies.squashed import INSIDE, SquashedGaussian, SquashedPolicy
+from embodied_rl.policies.state_policy import StatePolicy
 from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, pick_state
-from embodied_rl.types import Array, Observation
+from embodied_rl.types import Observation
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class SquashedGaussianCNNConfig:
         return SquashedGaussianCNN(spec, action_spec, self)
 
 
-class SquashedGaussianMLP(SquashedPolicy):
+class SquashedGaussianMLP(StatePolicy, SquashedPolicy):
     """u is the chunk itself, scaled from [-1, 1] to the action bounds."""
 
     def __init__(
@@ -84,17 +85,6 @@ class SquashedGaussianMLP(SquashedPolicy):
         self.normaliser = StateNormaliser(spec.state)
         self.action_scale = ActionScale(action_spec)
         self.actor = SquashedGaussian(spec.state + images, hidden, chunk, action_spec.dim)
-
-    def set_statistics(self, mean: Array, std: Array) -> None:
-        """Normalise states with these statistics [S] from now on."""
-        self.normaliser.fit(mean, std)
-
-    def prepare(self, observation: Observation) -> Inputs:
-        return prepare_state(observation, self.device)
-
-    def features(self, inputs: Inputs) -> Tensor:
-        """The normalised state [B,S]."""
-        return self.normaliser(inputs["state"])
 
     def decode(self, inputs: Inputs, latent: Tensor) -> Tensor:
         return self.action_scale.to_simulator(latent)

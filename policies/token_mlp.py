@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embodied_rl.errors import UserError
-from embodied_rl.policies.base import Inputs, Policy
-from embodied_rl.policies.mlp import ActionScale, Activation, StateNormaliser, mlp, prepare_state, state_spec
+from embodied_rl.policies.base import Inputs
+from embodied_rl.policies.mlp import ActionScale, Activation, StateNormaliser, mlp, state_spec
 from embodied_rl.policies.openvla.tokens import TokenDistribution
+from embodied_rl.policies.state_policy import StatePolicy
 from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.randomness import RowNoise
 from embodied_rl.specs import ActionSpec, ObservationSpec
-from embodied_rl.types import ActionSample, Array, Observation, Score
+from embodied_rl.types import ActionSample, Score
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TokenMLPConfig:
         return TokenMLP(self, observation_spec, action_spec)
 
 
-class TokenMLP(Policy):
+class TokenMLP(StatePolicy):
     """softmax(MLP(normalised state) / temperature) over the bins of each action dimension, L = K*A terms. The trace:
     "tokens" int64 [B,L], "temperature" [B]."""
 
@@ -70,13 +71,6 @@ class TokenMLP(Policy):
         self.action_scale = ActionScale(action_spec)
         self.network = mlp(size, config.hidden, config.activation, outputs)
         self.value_head = ValueHead(size, config.value_hidden, config.value_activation)
-
-    def set_statistics(self, mean: Array, std: Array) -> None:
-        """Normalise states with these statistics [S] from now on."""
-        self.normaliser.fit(mean, std)
-
-    def prepare(self, observation: Observation) -> Inputs:
-        return prepare_state(observation, self.device)
 
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
@@ -103,10 +97,6 @@ class TokenMLP(Policy):
         tokens = self.tokens(torch.where(valid[..., None], actions, 0.0))
         loss = F.cross_entropy(self.logits(inputs).transpose(1, 2), tokens, reduction="none")
         return torch.where(keep, loss, 0.0).sum(1) / keep.sum(1).clamp_min(1)
-
-    def features(self, inputs: Inputs) -> Tensor:
-        """The normalised state [B,S]."""
-        return self.normaliser(inputs["state"])
 
     def logits(self, inputs: Inputs) -> Tensor:
         """[B,H*A,bins]."""

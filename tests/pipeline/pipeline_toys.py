@@ -10,7 +10,6 @@ from training_toys import ReachConfig
 from embodied_rl.pipeline.env_groups import EnvGroups, rollout_worker
 from embodied_rl.pipeline.rollout import RolloutWorker
 from embodied_rl.policies.base import Inputs, Policy
-from embodied_rl.policies.mlp import prepare_state
 from embodied_rl.randomness import RowNoise
 from embodied_rl.simulators.base import Simulator
 from embodied_rl.specs import ActionSpec, ObservationSpec, connect
@@ -30,7 +29,7 @@ class Additive(Policy):
         self.value_head = torch.nn.ParameterList([torch.nn.Parameter(torch.tensor(0.3))])
 
     def prepare(self, observation: Observation) -> Inputs:
-        return prepare_state(observation, self.device)
+        return {"state": torch.asarray(observation.state, dtype=torch.float32, copy=True)}
 
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
         assert noise is not None
