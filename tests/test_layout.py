@@ -79,6 +79,18 @@ def test_floor_1_imports_no_higher_floor() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_plans_are_worked_out_from_numbers_alone() -> None:
+    parts = [f"embodied_rl.planner.{name}" for name in ("costs", "placement", "formulas", "events", "search")]
+    files = [ROOT / part.replace(".", "/") for part in parts]
+    wrong = [
+        where
+        for path in files
+        for module, where in found(path.with_suffix(".py"), everywhere=True)
+        if not inside(module, *sys.stdlib_module_names, "numpy", "embodied_rl.errors", *parts)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 LOADS_PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 

@@ -78,7 +78,7 @@ def costs_table(found: Profile) -> str:
             for sample in found.samples
         )
         line = f"{1e3 * cost.fixed:.3g} + {1e3 * cost.per_row:.3g} ms x {unit}"
-        lines.append(f"  {text:20}{line:48} measured {seen} ms")
+        lines.append(f"  {text:20}{line:44} {cost.cores:4.0%} of a core  measured {seen} ms")
     lines.append(f"  {'hand weights over':20}{1e3 * costs.sync:.3g} ms")
     lines.append(
         f"an iteration: {whole.rows} environments x {found.work.decisions} decisions, {found.steps:,.0f} steps"
