@@ -141,6 +141,8 @@ class LoggingConfig:
     """Write TensorBoard event files."""
     wandb: bool = False
     """Log to Weights & Biases (needs the `wandb` extra)."""
+    trace: bool = False
+    """Write trace.json: who does what when, for https://ui.perfetto.dev or chrome://tracing."""
 
 
 @dataclass(frozen=True)

@@ -32,22 +32,37 @@ class Timeline:
         self.spans: list[Span] = []
 
     @contextmanager
-    def watching(self, worker: RolloutWorker) -> Iterator[None]:
-        """Record what the groups of `worker` and their simulators do meanwhile."""
+    def watching(self, worker: Any) -> Iterator[None]:
+        """Record what the groups of a `RolloutWorker` and their simulators do meanwhile; of a worker whose environments
+        are elsewhere, that it waits for them."""
         with ExitStack() as watched:
-            for index, group in enumerate(worker.groups):
-                watched.enter_context(self._watching_group(group, f"simulator {index}"))
+            if isinstance(worker, RolloutWorker):
+                for index, group in enumerate(worker.groups):
+                    watched.enter_context(self._watching_group(group, f"simulator {index}"))
+            else:
+                for name in ("collect", "collect_episodes"):
+                    watched.enter_context(self._watching_calls(worker, name, "wait", "rollout"))
             yield
 
-    def watch_learner(self, algorithm: Any) -> None:
-        """Record when an on-policy or episodic `algorithm` learns from now on."""
-        learn = algorithm.learn
+    @contextmanager
+    def watching_learner(self, algorithm: Any) -> Iterator[None]:
+        """Record meanwhile when `algorithm` learns from a batch."""
+        with self._watching_calls(algorithm, "learn" if hasattr(algorithm, "learn") else "update", "train", "learner"):
+            yield
 
-        def watched(*arguments: Any) -> Any:
-            with self.span("train", "learner"):
-                return learn(*arguments)
+    @contextmanager
+    def _watching_calls(self, owner: Any, name: str, stage: str, track: str) -> Iterator[None]:
+        call = getattr(owner, name)
 
-        algorithm.learn = watched
+        def watched(*arguments: Any, **more: Any) -> Any:
+            with self.span(stage, track):
+                return call(*arguments, **more)
+
+        setattr(owner, name, watched)
+        try:
+            yield
+        finally:
+            delattr(owner, name)
 
     @contextmanager
     def span(self, stage: str, track: str) -> Iterator[None]:

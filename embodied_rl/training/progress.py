@@ -84,6 +84,9 @@ class Progress:
                 facts.append((name, f"{value:.0%}"))
         if (value := self._metrics.get("train/return")) is not None:
             facts.append(("return", f"{value:.2f}"))
+        for name in ("simulating", "deciding", "learning"):
+            if value := self._metrics.get(f"time/{name}"):
+                facts.append((name, f"{value:.0%}"))
         if self._spent is not None and self._rate:
             facts.append((f"{self._unit.split()[-1]}/s", f"{self._rate:,.0f}"))
             facts.append(("time left", duration(max(0.0, self._total - self._spent) / self._rate)))

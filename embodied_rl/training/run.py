@@ -47,6 +47,7 @@ from embodied_rl.pipeline.env_groups import build_simulator, rollout_worker
 from embodied_rl.pipeline.rollout import Intervene, RolloutWorker
 from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.planner.prediction import Prediction
+from embodied_rl.planner.watch import Watch
 from embodied_rl.specs import connect
 from embodied_rl.training import checkpoint
 from embodied_rl.training.demonstrations import demonstrate
@@ -356,6 +357,8 @@ class Run:
         training = self.config.training
         unit, total = budget(self.config)
         workflow.restart(self.tickets)
+        trace = self.out / "trace.json" if self.config.logging.trace else None
+        watch = self.resources.enter_context(Watch(self.worker, self.algorithm, self.prediction, trace))
         fresh = True
         while not (self.succeeded or self._spent() >= total):
             began, before = time.monotonic(), self._spent()
@@ -366,8 +369,7 @@ class Run:
             self.iteration = number
             seconds = time.monotonic() - began
             metrics[f"time/{unit}_per_second"] = (self._spent() - before) / seconds
-            if self.prediction and not (fresh or evaluates or saves):  # others also fill or drain what overlaps
-                metrics |= self.prediction.compare(seconds)
+            metrics |= watch.iteration(seconds, steady=not (fresh or evaluates or saves))
             fresh = evaluates or saves
             if evaluates:
                 score = self._episodes("development", self.policy)
