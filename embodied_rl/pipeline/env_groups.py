@@ -105,10 +105,7 @@ def build_simulator(config: Any, groups: int, schedule: ResetSchedule, log_dir: 
             f"pipeline.env_groups {groups} needs as many environments and processes of the simulator: set "
             f"simulator.num_envs and simulator.workers to at least {groups}, or pipeline.env_groups to 1"
         )
-    each = [
-        replace(config, num_envs=envs, workers=min(workers, envs))
-        for envs, workers in zip(_deal(config.num_envs, groups), _deal(config.workers, groups), strict=True)
-    ]
+    each = deal_out(config, groups)
 
     def start_one(index: int) -> Simulator:
         return each[index].build(schedule, log_dir=log_dir and log_dir / f"group-{index}")
@@ -125,9 +122,20 @@ def build_simulator(config: Any, groups: int, schedule: ResetSchedule, log_dir: 
     return EnvGroups(built)
 
 
-def _deal(count: int, groups: int) -> list[int]:
-    """`count` in `groups` equal parts, or nearly so."""
-    return [count * (i + 1) // groups - count * i // groups for i in range(groups)]
+def deal_out(config: Any, parts: int) -> list[Any]:
+    """`config` as `parts` with their shares, as equal as can be, of its environments and of its processes."""
+    workers = getattr(config, "workers", None)
+    if workers is None:
+        return [replace(config, num_envs=envs) for envs in _deal(config.num_envs, parts)]
+    return [
+        replace(config, num_envs=envs, workers=max(1, min(share, envs)))
+        for envs, share in zip(_deal(config.num_envs, parts), _deal(workers, parts), strict=True)
+    ]
+
+
+def _deal(count: int, parts: int) -> list[int]:
+    """`count` in `parts` equal ones, or nearly so."""
+    return [count * (i + 1) // parts - count * i // parts for i in range(parts)]
 
 
 class GroupedRolloutWorker(RolloutWorker):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from embodied_rl.randomness import RowNoise
 from embodied_rl.simulators.base import WAIT, Simulator
 from embodied_rl.specs import Connection
 from embodied_rl.types import ActionSample, ChunkResult, EpisodeBatch, Observation, Trajectory
+
+Result = TypeVar("Result")
 
 Intervene = Callable[[Observation, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """What a person who watches does: (the simulator's observation [N], the policy's actions float32 [N,K,A]) -> (actions
@@ -64,16 +66,16 @@ class RolloutWorker:
 
     def restart(self, tickets: Tickets) -> None:
         """Abandon what runs and start fresh episodes in every row, with tickets from `tickets`."""
-        self._sources: Sequence[Source] = tickets.rows(self.simulator.num_envs)
-        self.tickets = np.array([source.issue() for source in self._sources], dtype=np.int64)
-        self._next_tickets = np.array([source.issue() for source in self._sources], dtype=np.int64)
+        self.sources: Sequence[Source] = tickets.rows(self.simulator.num_envs)
+        self.tickets = np.array([source.issue() for source in self.sources], dtype=np.int64)
+        self._next_tickets = np.array([source.issue() for source in self.sources], dtype=np.int64)
         self._decisions = np.zeros(self.simulator.num_envs, dtype=np.int64)
         self._observation = self.simulator.reset(tickets=self.tickets)
         self._inputs = self._prepare(self._observation)
 
     def take_over(self, other: RolloutWorker, rows: slice) -> None:
         """Go on where the `rows` of `other` are, whose simulator contains this one's."""
-        self._sources = other._sources[rows]
+        self.sources = other.sources[rows]
         self.tickets, self._next_tickets = other.tickets[rows].copy(), other._next_tickets[rows].copy()
         self._decisions = other._decisions[rows].copy()
         self._inputs = {name: tensor[rows] for name, tensor in other._inputs.items()}
@@ -124,9 +126,9 @@ class RolloutWorker:
         self._decisions = np.where(ended | result.lost, 0, self._decisions + 1)
         for episode in result.episodes:
             if episode.success_once is False:
-                self._sources[episode.env_id].failed(episode.ticket)
+                self.sources[episode.env_id].failed(episode.ticket)
         for row in result.final_rows:
-            self._next_tickets[row] = self._sources[row].issue()
+            self._next_tickets[row] = self.sources[row].issue()
         final = None if result.final_observation is None else self._prepare(result.final_observation)
         self._observation = result.observation
         self._inputs = self._prepare(result.observation)
@@ -189,6 +191,15 @@ class RolloutWorker:
                 keep = torch.tensor([at > lost.get(ticket, -1) for ticket in part.tickets.tolist()], dtype=torch.bool)
                 parts[at] = combine([part], lambda tensors, keep=keep: tensors[0][keep.to(tensors[0].device)])
         return in_order(parts)
+
+    def apart(self, policy: Policy, function: Callable[[RolloutWorker, range], Result], tickets: range) -> list[Result]:
+        """[function(worker, `tickets`)] of a worker in the same environments that acts by `policy`. Where others have
+        some of the environments, every one of them gets its share of the tickets and adds its result. Abandons what the
+        worker was doing: `restart` it before going on."""
+        other = RolloutWorker(self.simulator, policy, self.connection, self.seed)
+        result = function(other, tickets)
+        self.lost_episodes += other.lost_episodes
+        return [result]
 
     @property
     def running(self) -> bool:

@@ -56,6 +56,16 @@ class TicketList:
         """It is not tried again."""
 
 
+class Dealt:
+    """Sources of which others know."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+
+    def rows(self, num_envs: int) -> Sequence[Source]:
+        return self._sources
+
+
 @dataclass
 class RowTickets:
     """The stream of one row: `next`, `next` + `stride` and so on.

@@ -11,8 +11,9 @@ import torch
 
 from embodied_rl.algorithms.base import EpisodicAlgorithm, Metrics, OnPolicyAlgorithm
 from embodied_rl.errors import UserError
+from embodied_rl.pipeline.executor import Collector
 from embodied_rl.pipeline.learning import Beside, Replica
-from embodied_rl.pipeline.rollout import RolloutWorker, combine
+from embodied_rl.pipeline.rollout import combine
 from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.training.workflows import episode_metrics
 from embodied_rl.types import EpisodeBatch, Trajectory
@@ -27,7 +28,7 @@ class OnPolicyWorkflow(ABC):
     """
 
     def __init__(
-        self, worker: RolloutWorker, algorithm: OnPolicyAlgorithm | EpisodicAlgorithm, generator: torch.Generator
+        self, worker: Collector, algorithm: OnPolicyAlgorithm | EpisodicAlgorithm, generator: torch.Generator
     ) -> None:
         if worker.intervene is not None:
             raise UserError("this algorithm learns from the policy's own choices alone: interventions need sac")
@@ -99,7 +100,7 @@ class SegmentWorkflow(OnPolicyWorkflow):
     """Segments of a fixed number of decisions; episodes go on from one to the next."""
 
     def __init__(
-        self, worker: RolloutWorker, algorithm: OnPolicyAlgorithm, decisions: int, generator: torch.Generator
+        self, worker: Collector, algorithm: OnPolicyAlgorithm, decisions: int, generator: torch.Generator
     ) -> None:
         super().__init__(worker, algorithm, generator)
         self.decisions = decisions

@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +45,7 @@ from embodied_rl.data.demonstrations import (
 from embodied_rl.data.replay_buffer import ReplayBuffer
 from embodied_rl.errors import UserError
 from embodied_rl.files import write_atomic
-from embodied_rl.pipeline.env_groups import build_simulator, rollout_worker
+from embodied_rl.pipeline import executor
 from embodied_rl.pipeline.rollout import Intervene, RolloutWorker
 from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.planner.prediction import Prediction
@@ -57,7 +59,7 @@ from embodied_rl.training.on_policy import EpisodeWorkflow, SegmentWorkflow
 from embodied_rl.training.progress import Progress
 from embodied_rl.training.report import versions, write_report
 from embodied_rl.training.streams import Streams
-from embodied_rl.training.trajectories import record_trajectories
+from embodied_rl.training.trajectories import trajectories, write_trajectories
 from embodied_rl.training.workflows import OfflineWorkflow, OffPolicyWorkflow, Workflow, imitate
 from embodied_rl.types import Observation
 
@@ -138,9 +140,9 @@ class Run:
             MetricLogger(self.out, self.config, self.iteration, logging.tensorboard, logging.wandb) as self.logger,
         ):
             self.progress.phase("start simulators")
-            groups = self.config.pipeline.env_groups
+            config, logs = self.config, self.out / "logs"
             with (
-                build_simulator(self.config.simulator, groups, self.streams, self.out / "logs") as self.simulator,
+                executor.start(config.simulator, config.pipeline, self.streams, logs) as self.simulator,
                 ExitStack() as self.resources,
             ):
                 self._build()
@@ -155,7 +157,7 @@ class Run:
             self.policy.observation_spec,
             self.policy.action_spec,
         )
-        self.worker = rollout_worker(self.simulator, self.policy, self.connection, self.config.seed)
+        self.worker = executor.collector(self.simulator, self.policy, self.connection, self.config.seed)
         self.worker.intervene = self.intervene
         self.tickets = TicketCounter(self.streams.first("training"), retry=self.config.training.retry_failed)
         self.generator = torch.Generator().manual_seed(self.config.seed)
@@ -179,7 +181,8 @@ class Run:
                 self._clone(clone, data, replace(imitation, steps=steps))
             self._evaluate("converged_clone", clone)
         with self._phase("record trajectories"):
-            record_trajectories(self.worker, self.streams.episodes("test")[:4], self.out / "rollout.json")
+            shown = self.worker.apart(self.policy, trajectories, self.streams.episodes("test")[:4])
+            write_trajectories(chain.from_iterable(shown), self.out / "rollout.json")
         result = self._result()
         write_atomic(self.out / "result.json", json.dumps(result, indent=2))
         write_report(self.out)
@@ -279,9 +282,12 @@ class Run:
             raise UserError(f"demonstrations are of more tasks than this run's {len(self.simulator.tasks)}: {again}")
 
     def _collect(self, path: Path, episodes: int, noise: float) -> list[DemonstrationEpisode]:
-        found = demonstrate(
-            self.simulator, self.config.simulator.demonstrator(), self.streams, episodes, noise, self.config.seed
-        )
+        demonstrator, streams, seed = self.config.simulator.demonstrator(), self.streams, self.config.seed
+
+        def demonstrated(worker: RolloutWorker, _: range) -> list[DemonstrationEpisode]:
+            return demonstrate(worker.simulator, demonstrator, streams, episodes, noise, seed)
+
+        (found,) = self.worker.apart(self.policy, demonstrated, range(1))
         write(path, found, self.simulator.tasks[0].name, self.simulator.action_spec.control)
         return found
 
@@ -313,6 +319,8 @@ class Run:
             self.algorithm.cotrain(CoTraining(self.policy, self.second, second.beta, second.batch_size, config.seed))
         workflow: Workflow
         collects = isinstance(self.algorithm, OnPolicyAlgorithm | EpisodicAlgorithm)
+        if config.pipeline.executor != "local" and not collects:
+            raise UserError(f"pipeline.executor ray does not serve {type(self.algorithm).__name__}: leave it at local")
         if config.pipeline.env_groups > 1 and not collects:
             raise UserError(f"pipeline.env_groups does nothing for {type(self.algorithm).__name__}: leave it at 1")
         if isinstance(self.algorithm, OnPolicyAlgorithm):
@@ -320,6 +328,7 @@ class Run:
         elif isinstance(self.algorithm, EpisodicAlgorithm):
             workflow = EpisodeWorkflow(self.worker, self.algorithm, self.generator)
         elif isinstance(self.algorithm, OffPolicyAlgorithm):
+            assert isinstance(self.worker, RolloutWorker)
             known = self._decisions() if self.algorithm.demonstrations == "decisions" else data
             workflow = OffPolicyWorkflow(
                 self.worker, self.algorithm, decisions, self.generator, config.seed, known, self.out
@@ -409,11 +418,9 @@ class Run:
             self.evaluations.append(self._episodes("test", policy or self.policy, name))
 
     def _episodes(self, stream: str, policy: Any, name: str | None = None) -> EvaluationResult:
-        worker = RolloutWorker(self.simulator, policy, self.connection, self.config.seed)
-        deterministic = self.config.evaluation.deterministic
-        episodes = run_episodes(worker, self.streams.episodes(stream), deterministic)
-        self.worker.lost_episodes += worker.lost_episodes
-        return EvaluationResult.of(name or stream, episodes)
+        run = partial(run_episodes, deterministic=self.config.evaluation.deterministic)
+        episodes = chain.from_iterable(self.worker.apart(policy, run, self.streams.episodes(stream)))
+        return EvaluationResult.of(name or stream, sorted(episodes, key=lambda episode: episode.ticket))
 
     def _save(self, workflow: Workflow) -> None:
         if self.learners is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ def position_columns(spec: ObservationSpec) -> dict[str, int]:
     return found
 
 
-def record_trajectories(worker: RolloutWorker, tickets: range, path: Path) -> None:
-    """Run the episodes `tickets` and write {"episodes": [{"success", "positions": {thing: [[x,y,z], ...]}}]} to `path`;
-    nothing when the state does not tell where things are."""
+def trajectories(worker: RolloutWorker, tickets: range) -> list[dict[str, Any]]:
+    """Run the episodes `tickets`: {"ticket", "success", "positions": {thing: [[x,y,z], ...]}} of each; of none when the
+    state does not tell where things are."""
     columns = position_columns(worker.simulator.observation_spec)
     if not columns:
-        return
+        return []
     worker.restart(TicketList(tickets))
     paths: dict[int, list[np.ndarray]] = defaultdict(list)
     episodes: list[dict[str, Any]] = []
@@ -52,5 +53,11 @@ def record_trajectories(worker: RolloutWorker, tickets: range, path: Path) -> No
             states = np.stack(paths[episode.ticket])
             positions = {thing: states[:, at : at + 3].round(4).tolist() for thing, at in columns.items()}
             episodes.append({"ticket": episode.ticket, "success": episode.success_once, "positions": positions})
-    episodes.sort(key=lambda episode: episode["ticket"])
-    write_atomic(path, json.dumps({"episodes": episodes}))
+    return episodes
+
+
+def write_trajectories(episodes: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write {"episodes": those, in the order of their tickets} to `path`; nothing when there are none."""
+    found = sorted(episodes, key=lambda episode: episode["ticket"])
+    if found:
+        write_atomic(path, json.dumps({"episodes": found}))

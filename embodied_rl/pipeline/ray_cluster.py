@@ -1,0 +1,90 @@
+"""A Ray cluster to run on: a private one on this machine that ends with the run, or one that is running already."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from embodied_rl.errors import UserError
+
+ATTEMPTS = 3
+"""Ray allows its parts 30 seconds each to start, which a crowded machine may need more often than once."""
+RESERVE = 60.0
+"""Seconds after which resources that others hold are not waited for any longer."""
+
+_PRIVATE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listens on the loopback interface alone, as it does on those systems
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # of this process: no file is written to the user's folder
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 would lose against everything else on the machine
+}
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Connected to the cluster at `address`, or to a private one, which ends with the block. A process that is
+    connected already stays so. Raises `UserError` when there is no such cluster or none can be started."""
+    if address is None:  # read when Ray is imported and when its processes start
+        for name, value in _PRIVATE.items():
+            os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _connect(ray, address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    for attempt in range(ATTEMPTS if address is None else 1):
+        try:
+            if address is None:
+                ray.init(address="local", include_dashboard=False, **quiet)
+            else:
+                ray.init(address=address, **quiet)
+            return
+        except Exception as error:  # Ray raises bare ones
+            ray.shutdown()
+            reason, last = str(error).strip().partition("\n")[0], attempt
+    if address is None:
+        raise UserError(f"a private Ray cluster did not start ({last + 1} attempts; the last: {reason})")
+    raise UserError(f"no Ray cluster answers at pipeline.ray_address {address} ({reason}): see `ray status`")
+
+
+def reserve(count: int, cpus: float, gpus: float) -> Any:
+    """A placement group of `count` bundles of so many processors each, all there. Raises `UserError` when the cluster
+    has no room, at once where it never will have any."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    need = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    each = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
+    if (room := capacity(need)) < count:
+        raise UserError(
+            f"{count} rollout workers of {each} do not fit into the Ray cluster, which holds {room}: lower "
+            f"pipeline.rollout_workers, rollout_cpus or rollout_gpus"
+        )
+    group = placement_group([need] * count, strategy="SPREAD")
+    if not group.wait(RESERVE):
+        remove_placement_group(group)
+        raise UserError(
+            f"the Ray cluster has {count} times {each}, but others have held them for {RESERVE:.0f} seconds: see "
+            f"`ray status`, or lower pipeline.rollout_workers"
+        )
+    return group
+
+
+def capacity(need: dict[str, float]) -> int:
+    """How many bundles of `need` the nodes hold, were they free."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.items()) for node in nodes)
