@@ -104,7 +104,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     collect.add_argument("--seed", type=int, help="seed of the episodes and of the noise")
 
     plan = command("plan", _plan, "Measure the stages of a recipe and rank the ways to run it.", **shown)
-    plan.add_argument("recipe", nargs="?", metavar="RECIPE", help="default: quickstart")
+    plan.add_argument("recipe", metavar="RECIPE", help="of an algorithm that collects, then learns: ppo, grpo...")
     plan.add_argument("--seed", type=int, help="seed of everything random in the measurement")
     plan.add_argument("--devices", type=_positive, metavar="N", help="plan for N devices that are not here")
     plan.add_argument("--memory", type=_positive, metavar="GB", help="of each of them; default: enough")

@@ -15,6 +15,8 @@ from embodied_rl.training import dry_run, memory
 
 COPY = 20e9
 """Bytes per second between a device and its host, assumed for machines that are not here (PCIe 4.0 x 16)."""
+BUSY = 0.5
+"""Load per core from which on other work disturbs."""
 SHOWN = 10
 """Plans in a table."""
 
@@ -57,13 +59,13 @@ def choose(config: RunConfig) -> tuple[RunConfig, Prediction, str]:
         chosen = replace(chosen, algorithm=replace(algorithm, staleness=staleness))
     rate = found.steps / plan.seconds
     text = f"env_groups {groups}, staleness {staleness}: {plan.seconds:.2f} s per iteration, {rate:,.0f} env steps/s"
-    return chosen, Prediction(plan.seconds), f"placement {text} expected, as {plan.reason}"
+    return chosen, Prediction(plan.seconds), f"placement {text} expected, as {plan.reason}{_busy(found)}"
 
 
 def costs_table(found: Profile) -> str:
     """The fitted costs, and what they were fitted to."""
     where = found.device.type if found.device.type != "cpu" else "CPU"
-    lines = [f"costs, policy on the {where}, {found.cores} cores"]
+    lines = [f"costs, policy on the {where}, {found.cores} cores{_busy(found)}"]
     costs, whole = found.work.costs, found.samples[-1]
     rows = "environments per process" if found.work.processes else "environments"
     for name, text, unit in (
@@ -84,6 +86,13 @@ def costs_table(found: Profile) -> str:
         f"an iteration: {whole.rows} environments x {found.work.decisions} decisions, {found.steps:,.0f} steps"
     )
     return "\n".join(lines)
+
+
+def _busy(found: Profile) -> str:
+    """A caution where other work disturbed the measurement."""
+    if found.load < BUSY * found.cores:
+        return ""
+    return f" (this machine was busy, load {found.load:.1f}: measured costs are higher than without)"
 
 
 def plans_table(plans: Sequence[Plan], steps: float, devices: bool) -> str:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from embodied_rl.algorithms.base import EpisodicAlgorithm, OnPolicyAlgorithm
+from embodied_rl.algorithms.base import EpisodicAlgorithm
+from embodied_rl.algorithms.off_policy import TransitionConfig
 from embodied_rl.config import RunConfig
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.env_groups import rollout_worker
@@ -73,6 +74,8 @@ class Profile:
     device: torch.device
     """Of the policy."""
     cores: int
+    load: float
+    """Of the machine before (processes that wanted to run, as of the last minute)."""
     seen: ObservationSpec
     told: ActionSpec
 
@@ -81,8 +84,8 @@ def profile(config: RunConfig) -> Profile:
     """Run every stage of `config` for seconds to a minute or so, with random weights and a learner that never stops
     early. Raises `UserError` for an algorithm that neither collects segments nor episodes: what it does when is fixed.
     """
-    if config.algorithm is None:
-        raise UserError(f"recipe '{config.recipe}' only clones: there is nothing to plan")
+    _check(config)
+    load = os.getloadavg()[0]
     torch.set_num_threads(1)  # as in a run
     stage = _Stages(config)
     sizes = sorted({max(1, config.simulator.num_envs * quarters // 4) for quarters in SIZES})
@@ -114,9 +117,23 @@ def profile(config: RunConfig) -> Profile:
         groups=1 if stage.in_process else min(workers, whole.rows),
         device=stage.policy.device,
         cores=cores,
+        load=load,
         seen=stage.seen,
         told=stage.told,
     )
+
+
+def _check(config: RunConfig) -> None:
+    if config.algorithm is None:
+        raise UserError(f"recipe '{config.recipe}' only clones: there is nothing to plan")
+    if isinstance(config.algorithm, TransitionConfig):
+        raise UserError(
+            f"'{config.recipe}' learns off-policy, while the simulators execute and in a fixed order: there is nothing "
+            f"to plan; choose a recipe of ppo or grpo"
+        )
+    pipeline = config.pipeline
+    if pipeline.executor != "local" or pipeline.learners > 1:
+        raise UserError("plans are for one process: leave pipeline.executor at local and pipeline.learners at 1")
 
 
 class _Stages:
@@ -174,11 +191,6 @@ class _Stages:
         self.policy = self.config.policy.build(self.seen, self.told)
         self.algorithm = self.learner.build(self.policy, self.config.seed)
         self.policy = self.algorithm.policy
-        if not isinstance(self.algorithm, OnPolicyAlgorithm | EpisodicAlgorithm):
-            raise UserError(
-                f"{type(self.algorithm).__name__} learns while the simulators execute, in a fixed order: there is "
-                f"nothing to plan; plan a recipe of ppo or grpo"
-            )
 
     def _sample(self, worker: Any, tickets: TicketCounter) -> Sample:
         generator = torch.Generator().manual_seed(self.config.seed)

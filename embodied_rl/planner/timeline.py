@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from embodied_rl.pipeline.rollout import RolloutWorker
-
-STAGES = ("simulate", "infer", "wait", "train")
-"""A group's simulators execute a chunk, until somebody comes for it; the policy decides; the rollout worker waits for
-simulators; the learner learns."""
+SHARES = {"simulate": "simulating", "infer": "deciding", "wait": "waiting", "train": "learning"}
+"""What metrics call the stages: a group's simulators execute a chunk, until somebody comes for it; the policy decides;
+the rollout worker waits for simulators; the learner learns."""
 
 
 class Span(NamedTuple):
@@ -36,10 +34,9 @@ class Timeline:
         """Record what the groups of a `RolloutWorker` and their simulators do meanwhile; of a worker whose environments
         are elsewhere, that it waits for them."""
         with ExitStack() as watched:
-            if isinstance(worker, RolloutWorker):
-                for index, group in enumerate(worker.groups):
-                    watched.enter_context(self._watching_group(group, f"simulator {index}"))
-            else:
+            for index, group in enumerate(getattr(worker, "groups", ())):
+                watched.enter_context(self._watching_group(group, f"simulator {index}"))
+            if not hasattr(worker, "groups"):
                 for name in ("collect", "collect_episodes"):
                     watched.enter_context(self._watching_calls(worker, name, "wait", "rollout"))
             yield

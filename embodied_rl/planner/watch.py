@@ -10,10 +10,7 @@ from typing import Any
 
 from embodied_rl.errors import UserError
 from embodied_rl.planner.prediction import Prediction
-from embodied_rl.planner.timeline import Timeline
-
-SHARES = {"simulate": "simulating", "infer": "deciding", "wait": "waiting", "train": "learning"}
-"""Names of stages in metrics."""
+from embodied_rl.planner.timeline import SHARES, Timeline
 
 
 class Watch:

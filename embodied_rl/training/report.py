@@ -14,6 +14,7 @@ from typing import Any
 from embodied_rl.config import COMPONENTS, describe, from_dict, spell
 from embodied_rl.errors import UserError
 from embodied_rl.files import write_atomic
+from embodied_rl.planner.timeline import SHARES
 from embodied_rl.training import charts
 from embodied_rl.training.charts import Series, number, percent
 from embodied_rl.training.metrics import FILE, read_metrics
@@ -53,7 +54,7 @@ def write_report(run_dir: Path) -> Path:
         _learning(rows),
         _evaluations(config, result),
         _rollouts(run_dir),
-        _costs(result),
+        _costs(result, rows),
         _losses(rows),
         _configuration(config),
         _table("Versions", ("", ""), sorted(result.get("versions", {}).items()), "versions"),
@@ -152,6 +153,7 @@ def _learning(rows: Rows) -> str:
 def _losses(rows: Rows) -> str:
     """Every other metric in a small chart; what is not a loss is folded away."""
     shown = {f"{kind}/{what}" for kind in ("train", "evaluation") for what in ("success", "return", "length")}
+    shown |= {f"time/{name}" for name in SHARES.values()}
     figures: dict[str, list[str]] = {"Losses": [], "Other metrics": []}
     x_label = _axis(rows).replace("_", " ")
     for key in sorted({key for row in rows for key in row if "/" in key} - shown):
@@ -207,17 +209,21 @@ def _rollouts(run_dir: Path) -> str:
     )
 
 
-def _costs(result: dict[str, Any]) -> str:
+def _costs(result: dict[str, Any], rows: Rows) -> str:
     phases = {name: seconds for name, seconds in result.get("phases", {}).items() if seconds > 0}
     total = sum(phases.values())
     if not total:
         return ""
+    shares = [_series(rows, f"time/{name}", name, smooth=True) for name in SHARES.values()]
+    label = "share of an iteration"
+    x_label = _axis(rows).replace("_", " ")
+    chart = charts.line_chart(shares, label, width=480, y_range=(0, 1), y_format=percent, x_label=x_label)
     bars = "".join(
         f'<tr><td>{html.escape(name)}</td><td class="right">{seconds:.1f} s</td>'
         f'<td class="wide"><div class="bar" style="width:{100 * seconds / total:.2f}%"></div></td></tr>'
         for name, seconds in phases.items()
     )
-    return _section("Where the time went", f'<table class="phases">{bars}</table>')
+    return _section("Where the time went", f'<table class="phases">{bars}</table>{_figure(label, chart)}')
 
 
 def _configuration(config: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from training_toys import off_policy, on_policy
 from embodied_rl import registry
 from embodied_rl.algorithms.grpo import GRPOConfig
 from embodied_rl.cli import main
-from embodied_rl.config import RunConfig
+from embodied_rl.config import PipelineConfig, RunConfig
 from embodied_rl.errors import UserError
 from embodied_rl.planner import plan as planning
 from embodied_rl.planner.plan import choose, elsewhere, here
@@ -88,6 +88,7 @@ def test_the_command_prints_costs_and_ranked_plans(
     assert main(["plan", "planner_toy"]) == 0
     printed = capsys.readouterr().out
     assert "simulate a chunk" in printed
+    assert ("this machine was busy" in printed) == (profiled.load >= profiled.cores / 2)
     assert "an iteration: 4 environments x 8 decisions" in printed
     assert "env_groups  staleness" in printed
     assert main(["plan", "planner_toy", "--devices", "4", "--memory", "8"]) == 0
@@ -99,8 +100,10 @@ def test_the_command_prints_costs_and_ranked_plans(
 def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(UserError, match="there is nothing to plan"):
         profile(replace(toy(), algorithm=None))
-    with pytest.raises(UserError, match="FlowActorCritic learns while the simulators execute"):
+    with pytest.raises(UserError, match="'toy_off_policy' learns off-policy"):
         profile(off_policy())
+    with pytest.raises(UserError, match="plans are for one process"):
+        profile(replace(toy(), pipeline=PipelineConfig(learners=2)))
 
 
 def test_whole_episodes_are_profiled_as_they_are_collected() -> None:
