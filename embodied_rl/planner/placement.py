@@ -81,7 +81,8 @@ class Seconds(NamedTuple):
 
 
 def seconds(work: Work, placement: Placement, switches: bool = False) -> Seconds:
-    """Raises `UserError` where rows, decisions or groups cannot be dealt out evenly to the devices."""
+    """Raises `UserError` where environments or groups cannot be dealt out evenly to the devices; a batch that cannot is
+    learned from as fast as its largest share."""
     costs, groups = work.costs, placement.groups
     rows = _parts(work.rows, groups, "environments", "groups")
     if placement.simulate:
@@ -96,12 +97,11 @@ def seconds(work: Work, placement: Placement, switches: bool = False) -> Seconds
             raise UserError(f"{groups} groups need as many simulator processes, there are {work.processes}")
     inferring, training = max(1, len(placement.infer)), max(1, len(placement.train))
     _parts(rows, inferring, "environments of a group", "devices")
-    _parts(work.batch, training, "decisions of a batch", "devices")
     return Seconds(
         simulate=costs.simulate.seconds(rows, stepping),
         infer=costs.infer.seconds(rows, inferring),
         record=costs.record.seconds(rows, inferring),
-        train=costs.train.seconds(work.batch, training),
+        train=costs.train.seconds(-(-work.batch // training)),
         sync=costs.sync,
         switch=2 * costs.switch * switches,
         sharing=sharing,

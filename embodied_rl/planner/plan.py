@@ -132,7 +132,8 @@ def _span(devices: range) -> str:
 def plan(config: RunConfig, devices: int | None = None, memory_gb: float | None = None) -> str:
     """What `embodied-rl plan` prints."""
     found = profile(config)
-    allowed = max(1, getattr(config.algorithm, "staleness", 0))
+    known = getattr(config.algorithm, "staleness", None)
+    allowed = 0 if known is None else max(1, known)
     if devices is None:
         head, plans = "plans for this machine", here(found, allowed)
     else:

@@ -216,7 +216,7 @@ class _Stages:
         computed = computing(pids)
         with timeline.watching(worker), timeline.span("collect", "rollout"):
             batch = workflow.collect()
-        computed = computing(pids) - computed
+        computed = max(0.0, computing(pids) - computed)
         with timeline.span("train", "learner"):
             self.algorithm.learn(batch, generator)
         chunks = [span.seconds for span in timeline.of("simulate")]
@@ -248,9 +248,10 @@ def _total(spans: list[Span]) -> np.ndarray:
 
 
 def computing(pids: list[int]) -> float:
-    """Seconds that these processes have computed so far, to a hundredth."""
+    """Seconds that those of these processes that live have computed so far, to a hundredth."""
     ticks = 0
-    for pid in pids:
-        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-        ticks += int(user) + int(system)
+    for stat in (Path(f"/proc/{pid}/stat") for pid in pids):
+        if stat.exists():
+            user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+            ticks += int(user) + int(system)
     return ticks / os.sysconf("SC_CLK_TCK")

@@ -174,8 +174,10 @@ def test_what_cannot_be_dealt_out_evenly_is_refused() -> None:
         seconds(work, replace(CPU, groups=3))
     with pytest.raises(UserError, match="4 groups need as many simulator processes"):
         seconds(work, replace(CPU, groups=4))
-    with pytest.raises(UserError, match="24 decisions of a batch cannot be dealt out evenly to 5 devices"):
-        seconds(work, Placement(range(0), range(1), range(1, 6)))
+    with pytest.raises(UserError, match="8 environments of a group cannot be dealt out evenly to 3 devices"):
+        seconds(work, Placement(range(0), range(3), range(3, 5)))
+    uneven = seconds(replace(work, costs=costs(train=1.0)), Placement(range(0), range(1), range(1, 6)))
+    assert uneven.train == 5  # of 24 decisions on 5 devices
 
 
 def test_the_search_finds_the_best_of_all_placements_and_says_why() -> None:
