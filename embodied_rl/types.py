@@ -142,7 +142,7 @@ class ActionSample:
     log_prob: Array | None = None
     """float32 [B,L]; None for a deterministic sample."""
     value: Array | None = None
-    """float32 [B], when the policy has a value head."""
+    """float32 [B], where it comes with the actions; others have no value, or ask `policy.value` for it later."""
 
 
 @dataclass

@@ -56,15 +56,14 @@ class CategoricalMLP(StatePolicy):
 
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
-        features = self.features(inputs)
-        value, log_probs = self.value_head(features), self._log_probs(features)
+        log_probs = self._log_probs(self.features(inputs))
         if deterministic:
-            return ActionSample(_as_actions(log_probs.argmax(1)), {}, None, value)
+            return ActionSample(_as_actions(log_probs.argmax(1)), {})
         rows = len(log_probs)
         drawn = torch.rand(rows, 1) if noise is None else torch.from_numpy(noise.uniform(1))
         below = log_probs.exp().cumsum(1) <= drawn.to(log_probs)
         choice = below.sum(1).clamp(max=self.action_spec.choices - 1)  # the sum of all may round to less than 1
-        return ActionSample(_as_actions(choice), {"choice": choice}, _of(log_probs, choice), value)
+        return ActionSample(_as_actions(choice), {"choice": choice}, _of(log_probs, choice))
 
     def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
         log_probs = self._log_probs(self.features(inputs))

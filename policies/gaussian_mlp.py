@@ -73,14 +73,12 @@ class GaussianMLP(StatePolicy):
 
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
-        features = self.features(inputs)
-        value = self.value_head(features)
-        mean = self._mean(features)[:, : self.chunk]
+        mean = self._mean(self.features(inputs))[:, : self.chunk]
         if deterministic:
-            return ActionSample(self.action_scale.to_simulator(mean), {}, None, value)
+            return ActionSample(self.action_scale.to_simulator(mean), {})
         drawn = torch.randn_like(mean) if noise is None else torch.from_numpy(noise.normal(*mean.shape[1:])).to(mean)
         x = mean + self.log_std[: self.chunk].exp() * drawn
-        return ActionSample(self.action_scale.to_simulator(x), {"x": x}, self._log_prob(x, mean), value)
+        return ActionSample(self.action_scale.to_simulator(x), {"x": x}, self._log_prob(x, mean))
 
     def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
         mean = self._mean(self.features(inputs))[:, : self.chunk]

@@ -75,13 +75,13 @@ class TokenMLP(StatePolicy):
     @torch.no_grad()
     def act(self, inputs: Inputs, deterministic: bool = False, noise: RowNoise | None = None) -> ActionSample:
         """A deterministic sample takes the likeliest bin of each dimension."""
-        logits, value = self._executed(inputs), self.value(inputs)
+        logits = self._executed(inputs)
         if deterministic:
-            return ActionSample(self.actions(self.distribution.likeliest(logits)), {}, None, value)
+            return ActionSample(self.actions(self.distribution.likeliest(logits)), {})
         rows, terms = logits.shape[:2]
         drawn = torch.rand(rows, terms) if noise is None else torch.from_numpy(noise.uniform(terms))
         trace, log_prob = self.distribution.draw(logits, drawn.to(logits))
-        return ActionSample(self.actions(trace["tokens"]), trace, log_prob, value)
+        return ActionSample(self.actions(trace["tokens"]), trace, log_prob)
 
     def evaluate_actions(self, inputs: Inputs, trace: dict[str, Tensor]) -> Score:
         log_prob, entropy = self.distribution.score(self._executed(inputs), trace)

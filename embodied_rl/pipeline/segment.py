@@ -18,6 +18,9 @@ from embodied_rl.types import Episode, Trajectory
 if TYPE_CHECKING:
     from embodied_rl.pipeline.rollout import Decision
 
+_AT_ONCE = 1024
+"""Rows of which values are computed together."""
+
 
 class Memory:
     """Makes tensors for segments, in the memory of earlier ones that nobody refers to any more: writing to memory that
@@ -62,7 +65,9 @@ class Segment:
         sample, result = step.sample, step.result
         names = ("reward", "terminated", "truncated", "valid")
         plain = {name: torch.from_numpy(getattr(result, name)).to(self._device) for name in names}
-        plain |= {"actions": sample.actions, "log_prob": required(sample.log_prob), "value": required(sample.value)}
+        plain |= {"actions": sample.actions, "log_prob": required(sample.log_prob)}
+        if sample.value is not None:
+            plain["value"] = sample.value
         plain["tickets"] = torch.from_numpy(step.tickets)
         for part, tensors in {"inputs": step.inputs, "trace": sample.trace, "plain": plain}.items():
             arrays = self._parts.setdefault(part, {})
@@ -80,9 +85,12 @@ class Segment:
             self._last_value[rows] = self._policy.value(step.next_inputs)
         self._episodes += [replace(episode, env_id=rows.start + episode.env_id) for episode in result.episodes]
 
+    @torch.no_grad()
     def trajectory(self, version: int) -> Trajectory:
         """All that was written, in weights `version`."""
         plain: dict[str, Any] = self._parts["plain"]
+        if "value" not in plain:
+            plain["value"] = self._values()
         return Trajectory(
             inputs=self._parts["inputs"],
             trace=self._parts["trace"],
@@ -92,6 +100,13 @@ class Segment:
             episodes=sorted(self._episodes, key=lambda episode: episode.ticket),
             **plain,
         )
+
+    def _values(self) -> Tensor:
+        """[T,N], where acting did not give them: a network reads its weights once for many rows."""
+        flat = {name: tensor.flatten(0, 1) for name, tensor in self._parts["inputs"].items()}
+        rows = torch.arange(math.prod(self._shape)).split(_AT_ONCE)
+        parts = [self._policy.value({k: v[part[0] : part[-1] + 1] for k, v in flat.items()}) for part in rows]
+        return torch.cat(parts).view(self._shape)
 
     def _drop_lost(self, t: int, rows: slice, step: Decision) -> None:
         """Nothing of a lost episode is learned from."""
@@ -104,7 +119,5 @@ class Segment:
 def required(tensor: Tensor | None) -> Tensor:
     """`tensor`; raises `UserError` for a policy that gives none."""
     if tensor is None:
-        raise UserError(
-            "the policy gives no log-probs or no value, so this algorithm has nothing to improve: choose another"
-        )
+        raise UserError("the policy gives no log-probs, so this algorithm has nothing to improve: choose another")
     return tensor

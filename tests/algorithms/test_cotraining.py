@@ -88,7 +88,7 @@ def decisions(policy, rows=10):
         "log_prob": sample.log_prob,
         "valid": valid,
         "advantages": torch.randn(rows, dtype=dtype),
-        "value": sample.value,
+        "value": policy.value(inputs).detach(),
         "returns": torch.randn(rows, dtype=dtype),
         "weight": torch.rand(rows, dtype=dtype),
     }

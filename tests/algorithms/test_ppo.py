@@ -20,7 +20,8 @@ def segment(policy, seed=0, reward=None, steps=STEPS, envs=ENVS):
     chunk = policy.chunk
     state = torch.randn(steps, envs, policy.observation_spec.state, generator=generator)
     torch.manual_seed(seed)
-    sample = policy.act({"state": state.flatten(0, 1)})
+    inputs = {"state": state.flatten(0, 1)}
+    sample = policy.act(inputs)
 
     def rows(x):
         return x.unflatten(0, (steps, envs))
@@ -45,7 +46,7 @@ def segment(policy, seed=0, reward=None, steps=STEPS, envs=ENVS):
         trace={name: rows(x) for name, x in sample.trace.items()},
         actions=actions,
         log_prob=rows(sample.log_prob),
-        value=rows(sample.value),
+        value=rows(policy.value(inputs).detach()),
         last_value=torch.randn(envs, generator=generator),
         final_value=torch.randn(steps, envs, generator=generator),
         reward=numbers,

@@ -319,7 +319,7 @@ def test_gradients_reach_what_is_not_frozen_and_nothing_else(policy):
             loss = policy.imitation_loss(inputs, sample.actions, torch.ones(sample.actions.shape[:2], dtype=torch.bool))
         else:
             loss = policy.evaluate_actions(inputs, sample.trace).log_prob.sum()
-            loss = loss + (0 if sample.value is None else policy.value(inputs).sum())
+            loss = loss + (policy.value(inputs).sum() if policy.parameter_groups().get("value") else 0)
         policy.zero_grad()
         if loss.requires_grad:
             loss.sum().backward()
