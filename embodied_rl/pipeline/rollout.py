@@ -121,7 +121,8 @@ class RolloutWorker:
         inputs, tickets = self._inputs, self.tickets.copy()
         self.env_steps += int(result.valid.sum())
         self.lost_episodes += int(result.lost.sum())
-        ended = np.isin(np.arange(len(tickets)), result.final_rows)
+        ended = np.zeros(len(tickets), bool)
+        ended[result.final_rows] = True
         self.tickets = np.array(result.tickets)
         self._decisions = np.where(ended | result.lost, 0, self._decisions + 1)
         for episode in result.episodes:
