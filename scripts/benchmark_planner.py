@@ -61,7 +61,7 @@ def compare(case: str, settings: list[Setting], iterations: int) -> dict[str, An
     from embodied_rl.planner.profile import profile
 
     config = CASES[case]()
-    profiled = profile(config)
+    profiled = profile(config, beside=True)
     print(f"{case}: {costs_table(profiled)}\n{'':4}environments groups staleness predicted measured  error")
     errors, measured = {}, {}
     for envs, groups, staleness in settings:

@@ -68,6 +68,9 @@ class Costs:
     """Seconds to hand weights over to whoever acts."""
     switch: float = 0.0
     """Seconds to move a stage out of the memory of the devices, or back."""
+    overlap: float = 1.0
+    """How many times longer a process takes for everything while it collects and learns at once, cores aside: its two
+    threads share one interpreter."""
     memory: Memory = field(default_factory=Memory)
 
 
@@ -82,6 +85,8 @@ class Work:
     """Of every environment, H."""
     processes: int = 0
     """That step the environments; 0: the simulators run on the devices."""
+    inside: bool = False
+    """The simulators are stepped by the process that also infers and trains."""
     learned: int | None = None
     """Decisions that are learned from; none where it is all of them, N H."""
 

@@ -79,6 +79,11 @@ class Seconds(NamedTuple):
     cores: dict[str, float]
     """That a call of simulate, infer, record or train keeps busy."""
 
+    def slower(self, times: float, inside: bool) -> Seconds:
+        """What the process itself does takes so many times longer; `inside`: simulating, too."""
+        longer = {name: times * getattr(self, name) for name in ("infer", "record", "train")}
+        return self._replace(**longer, simulate=self.simulate * (times if inside else 1.0))
+
 
 def seconds(work: Work, placement: Placement, switches: bool = False) -> Seconds:
     """Raises `UserError` where environments or groups cannot be dealt out evenly to the devices; a batch that cannot is
@@ -97,7 +102,7 @@ def seconds(work: Work, placement: Placement, switches: bool = False) -> Seconds
             raise UserError(f"{groups} groups need as many simulator processes, there are {work.processes}")
     inferring, training = max(1, len(placement.infer)), max(1, len(placement.train))
     _parts(rows, inferring, "environments of a group", "devices")
-    return Seconds(
+    alone = Seconds(
         simulate=costs.simulate.seconds(rows, stepping),
         infer=costs.infer.seconds(rows, inferring),
         record=costs.record.seconds(rows, inferring),
@@ -112,6 +117,7 @@ def seconds(work: Work, placement: Placement, switches: bool = False) -> Seconds
             "train": costs.train.cores,
         },
     )
+    return alone.slower(costs.overlap, work.inside) if placement.staleness else alone
 
 
 def _parts(count: int, parts: int, what: str, whose: str) -> int:

@@ -28,11 +28,12 @@ def here(found: Profile, staleness: int) -> list[Plan]:
 
 
 def elsewhere(config: RunConfig, found: Profile, devices: int, limit: float, staleness: int) -> list[Plan]:
-    """For `devices` devices of `limit` bytes each that are as fast as this machine's, a core for every process."""
+    """For `devices` devices of `limit` bytes each that are as fast as this machine's, a core for every process, the
+    learner in one of its own."""
     needs = needed(config, found)
-    costs = replace(found.work.costs, memory=needs, switch=needs.train / COPY)
+    costs = replace(found.work.costs, memory=needs, switch=needs.train / COPY, overlap=1.0)
     machine = Machine(devices, limit)
-    return search(replace(found.work, costs=costs), machine, found.groups, staleness, found.variation)
+    return search(replace(found.work, costs=costs, inside=False), machine, found.groups, staleness, found.variation)
 
 
 def needed(config: RunConfig, found: Profile) -> Memory:
@@ -50,8 +51,9 @@ def needed(config: RunConfig, found: Profile) -> Memory:
 def choose(config: RunConfig) -> tuple[RunConfig, Prediction, str]:
     """`config` with the best plan for this machine, what that should bring, and what it is in words. It learns from
     older weights only as far as the configuration allows it to."""
-    found, algorithm = profile(config), config.algorithm
+    algorithm = config.algorithm
     allowed = getattr(algorithm, "staleness", 0)
+    found = profile(config, beside=allowed > 0)
     plan = here(found, allowed)[0]
     groups, staleness = plan.placement.groups, plan.placement.staleness
     chosen = replace(config, pipeline=replace(config.pipeline, env_groups=groups))
@@ -82,6 +84,8 @@ def costs_table(found: Profile) -> str:
         line = f"{1e3 * cost.fixed:.3g} + {1e3 * cost.per_row:.3g} ms x {unit}"
         lines.append(f"  {text:20}{line:44} {cost.cores:4.0%} of a core  measured {seen} ms")
     lines.append(f"  {'hand weights over':20}{1e3 * costs.sync:.3g} ms")
+    if costs.overlap > 1:
+        lines.append(f"  collecting and learning at once: {costs.overlap:.2f} times longer than cores alone explain")
     lines.append(
         f"an iteration: {whole.rows} environments x {found.work.decisions} decisions, {found.steps:,.0f} steps"
     )
@@ -131,9 +135,9 @@ def _span(devices: range) -> str:
 
 def plan(config: RunConfig, devices: int | None = None, memory_gb: float | None = None) -> str:
     """What `embodied-rl plan` prints."""
-    found = profile(config)
     known = getattr(config.algorithm, "staleness", None)
     allowed = 0 if known is None else max(1, known)
+    found = profile(config, beside=allowed > 0)
     if devices is None:
         head, plans = "plans for this machine", here(found, allowed)
     else:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +18,13 @@ from embodied_rl.algorithms.off_policy import TransitionConfig
 from embodied_rl.config import RunConfig
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.env_groups import rollout_worker
-from embodied_rl.pipeline.learning import Replica
+from embodied_rl.pipeline.learning import Beside, Replica
 from embodied_rl.pipeline.tickets import TicketCounter
+from embodied_rl.planner import events
 from embodied_rl.planner.costs import Cost, Costs, Work
 from embodied_rl.planner.events import Variation
+from embodied_rl.planner.placement import Placement, Seconds
 from embodied_rl.planner.timeline import Span, Timeline
-from embodied_rl.simulators.chunk import BatchedSimulator
 from embodied_rl.specs import ActionSpec, ObservationSpec, connect
 from embodied_rl.training.on_policy import EpisodeWorkflow, SegmentWorkflow
 from embodied_rl.training.streams import Streams
@@ -46,6 +48,8 @@ class Sample(NamedTuple):
     """What was measured at one size."""
 
     rows: int
+    workers: int
+    """Processes that stepped them, or 1."""
     simulate: Stage
     infer: Stage
     record: Stage
@@ -80,14 +84,14 @@ class Profile:
     told: ActionSpec
 
 
-def profile(config: RunConfig) -> Profile:
+def profile(config: RunConfig, beside: bool = False) -> Profile:
     """Run every stage of `config` for seconds to a minute or so, with random weights and a learner that never stops
-    early. Raises `UserError` for an algorithm that neither collects segments nor episodes: what it does when is fixed.
-    """
+    early; `beside`: also collecting and learning at once. Raises `UserError` for an algorithm that neither collects
+    segments nor episodes: what it does when is fixed."""
     _check(config)
     load = os.getloadavg()[0]
     torch.set_num_threads(1)  # as in a run
-    stage = _Stages(config)
+    stage = _Stages(config, beside)
     sizes = sorted({max(1, config.simulator.num_envs * quarters // 4) for quarters in SIZES})
     samples = [stage.measure(rows) for rows in sizes]
     whole, cores = samples[-1], len(os.sched_getaffinity(0))
@@ -106,15 +110,23 @@ def profile(config: RunConfig) -> Profile:
         record=fit("record", rows),
         train=fit("train", [float(sample.batch) for sample in samples]),
         sync=stage.sync(),
+        overlap=_overlap(whole, stage, cores) if beside else 1.0,
     )
     decisions = whole.decisions if stage.episodic else config.training.decisions_per_iteration
     longer = decisions / whole.decisions
     return Profile(
-        work=Work(costs, whole.rows, decisions, 0 if on_device else workers, round(whole.batch * longer)),
+        work=Work(
+            costs,
+            whole.rows,
+            decisions,
+            processes=0 if on_device else workers,
+            inside=stage.inside,
+            learned=round(whole.batch * longer),
+        ),
         variation=Variation(spread=whole.spread),
         samples=samples,
         steps=whole.steps * longer,
-        groups=1 if stage.in_process else min(workers, whole.rows),
+        groups=1 if stage.inside else min(workers, whole.rows),
         device=stage.policy.device,
         cores=cores,
         load=load,
@@ -141,11 +153,14 @@ class _Stages:
 
     policy: Any
     algorithm: Any
-    in_process = False
+    inside = False
     """The simulator is stepped in this process, so it leaves no time to record in."""
+    both = 0.0
+    """Seconds to collect a batch and learn from one at once, with as many environments as there are."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, beside: bool) -> None:
         self.config = config
+        self.beside = beside
         learner: Any = config.algorithm
         known = {field.name for field in fields(learner)}
         calm: dict[str, Any] = {"critic_warmup": 0, "target_kl": None}  # the usual iteration, in full
@@ -170,7 +185,7 @@ class _Stages:
             tempfile.TemporaryDirectory() as logs,
             replace(config.simulator, **fewer).build(streams, log_dir=Path(logs)) as simulator,
         ):
-            self.in_process = isinstance(simulator, BatchedSimulator)
+            self.inside = not getattr(simulator, "pids", None)
             self.seen, self.told = simulator.observation_spec, simulator.action_spec
             if not hasattr(self, "policy"):
                 self._build()
@@ -207,7 +222,19 @@ class _Stages:
             workflow.decisions = min(decisions, max(4, int(BUDGET / each)))
             workflow.collect()
         found = [self._once(workflow, generator) for _ in range(REPETITIONS)]
+        if self.beside and worker.simulator.num_envs == self.config.simulator.num_envs:
+            self.both = median(self._at_once(workflow, generator) for _ in range(REPETITIONS))
         return sorted(found, key=lambda sample: sample.simulate.seconds + sample.infer.seconds)[REPETITIONS // 2]
+
+    def _at_once(self, workflow: Any, generator: torch.Generator) -> float:
+        replica = Replica(self.policy)
+        batch, workflow.worker.policy = workflow.collect(), replica.policy
+        began = time.perf_counter()
+        with Beside(lambda: self.algorithm.learn(batch, generator)) as learning:
+            workflow.collect()
+            learning.result()
+        workflow.worker.policy = self.policy
+        return time.perf_counter() - began
 
     def _once(self, workflow: Any, generator: torch.Generator) -> Sample:
         """A batch."""
@@ -222,7 +249,7 @@ class _Stages:
         chunks = [span.seconds for span in timeline.of("simulate")]
         infer, wait, collect, train = (_total(timeline.of(name)) for name in ("infer", "wait", "collect", "train"))
         record = collect - infer - wait
-        if self.in_process:
+        if self.inside:
             infer, record, computed = infer + record, np.zeros(2), float(wait[1])
 
         def stage(total: np.ndarray, calls: int) -> Stage:
@@ -231,6 +258,7 @@ class _Stages:
         count = len(chunks)
         return Sample(
             rows=worker.simulator.num_envs,
+            workers=max(1, len(pids)),
             simulate=stage(np.array([sum(chunks), computed / max(1, len(pids))]), count),
             infer=stage(infer, count),
             record=stage(record, count),
@@ -240,6 +268,29 @@ class _Stages:
             steps=worker.env_steps - before,
             spread=float(np.std(chunks) / np.mean(chunks)),
         )
+
+
+def _overlap(sample: Sample, stage: _Stages, cores: int) -> float:
+    """`Costs.overlap` that explains how long both took at once. Two threads have at least half of the interpreter."""
+    on = range(0 if stage.policy.device.type == "cpu" else 1)
+    placement = Placement(range(0), on, on, staleness=1)
+    stages = {name: getattr(sample, name) for name in ("simulate", "infer", "record", "train")}
+    busy = {name: each.cores for name, each in stages.items()}
+    busy["simulate"] *= sample.workers
+    lasting = {name: each.seconds for name, each in stages.items()}
+    alone = Seconds(**lasting, sync=0.0, switch=0.0, sharing=1, cores=busy)
+
+    def lacking(times: float) -> float:
+        each = alone.slower(times, stage.inside)
+        return events.simulate(sample.decisions, placement, each, cores, iterations=1)[0] - stage.both
+
+    low, high = 1.0, 2.0
+    if lacking(low) >= 0:
+        return low
+    while high - low > 0.02 and lacking(high) > 0:
+        middle = (low + high) / 2
+        low, high = (low, middle) if lacking(middle) > 0 else (middle, high)
+    return high
 
 
 def _total(spans: list[Span]) -> np.ndarray:

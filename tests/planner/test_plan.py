@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from training_toys import off_policy, on_policy
+from training_toys import ReachConfig, off_policy, on_policy
 
 from embodied_rl import registry
 from embodied_rl.algorithms.grpo import GRPOConfig
@@ -28,7 +28,7 @@ def toy() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def profiled() -> Profile:
-    return profile(toy())
+    return profile(toy(), beside=True)
 
 
 def test_a_profile_measures_three_sizes_and_counts_what_an_iteration_holds(profiled: Profile) -> None:
@@ -45,6 +45,8 @@ def test_a_profile_measures_three_sizes_and_counts_what_an_iteration_holds(profi
     assert steps / 2 < profiled.steps <= steps  # episodes end within chunks
     assert profiled.groups == 2
     assert profiled.work.costs.sync > 0
+    assert 1 <= profiled.work.costs.overlap <= 2
+    assert not work.inside
 
 
 def test_plans_for_this_machine_are_its_groups_and_the_staleness_that_is_allowed(profiled: Profile) -> None:
@@ -59,6 +61,17 @@ def test_plans_for_this_machine_are_its_groups_and_the_staleness_that_is_allowed
     assert serial.seconds == pytest.approx(8 * each + sample.train.seconds * 32 / sample.batch, rel=0.5)
 
 
+def test_an_interpreter_that_two_threads_share_slows_what_overlaps(profiled: Profile) -> None:
+    work = replace(profiled.work, costs=replace(profiled.work.costs, overlap=1.0))
+    fast, slow = (
+        here(replace(profiled, work=replace(work, costs=replace(work.costs, overlap=times)), cores=8), staleness=1)
+        for times in (1.0, 2.0)
+    )
+    seconds = [{plan.placement: plan.seconds for plan in plans} for plans in (fast, slow)]
+    for placement, lasts in seconds[0].items():
+        assert (seconds[1][placement] > lasts) == (placement.staleness > 0)
+
+
 def test_a_machine_that_is_not_here_is_planned_within_its_memory(profiled: Profile) -> None:
     plans = elsewhere(toy(), profiled, 4, 1e9, staleness=1)
     assert {plan.placement.mode for plan in plans} == {"collocated", "disaggregated"}
@@ -67,7 +80,7 @@ def test_a_machine_that_is_not_here_is_planned_within_its_memory(profiled: Profi
 
 
 def test_the_best_plan_becomes_the_configuration(profiled: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "profile", lambda config: profiled)
+    monkeypatch.setattr(planning, "profile", lambda config, beside: profiled)
     config = toy()
     chosen, prediction, why = choose(config)
     best = here(profiled, staleness=0)[0]
@@ -76,7 +89,7 @@ def test_the_best_plan_becomes_the_configuration(profiled: Profile, monkeypatch:
     assert f"env_groups {best.placement.groups}, staleness 0" in why
     costs = replace(profiled.work.costs, train=replace(profiled.work.costs.train, fixed=100.0))
     slow = replace(profiled, work=replace(profiled.work, costs=costs))
-    monkeypatch.setattr(planning, "profile", lambda config: slow)
+    monkeypatch.setattr(planning, "profile", lambda config, beside: slow)
     allowed = replace(config, algorithm=replace(config.algorithm, staleness=1))
     assert choose(allowed)[0].algorithm.staleness == 0  # learning takes all the time: older weights bring nothing
 
@@ -84,7 +97,7 @@ def test_the_best_plan_becomes_the_configuration(profiled: Profile, monkeypatch:
 def test_the_command_prints_costs_and_ranked_plans(
     profiled: Profile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planning, "profile", lambda config: profiled)
+    monkeypatch.setattr(planning, "profile", lambda config, beside: profiled)
     assert main(["plan", "planner_toy"]) == 0
     printed = capsys.readouterr().out
     assert "simulate a chunk" in printed
@@ -104,6 +117,13 @@ def test_what_cannot_be_planned_is_refused() -> None:
         profile(off_policy())
     with pytest.raises(UserError, match="plans are for one process"):
         profile(replace(toy(), pipeline=PipelineConfig(learners=2)))
+
+
+def test_simulators_in_this_process_leave_nothing_to_overlap_with() -> None:
+    found = profile(replace(toy(), simulator=ReachConfig(workers=None)))
+    assert found.work.inside
+    assert found.groups == 1
+    assert found.samples[-1].simulate.cores > 0
 
 
 def test_whole_episodes_are_profiled_as_they_are_collected() -> None:
