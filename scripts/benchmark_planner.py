@@ -4,6 +4,7 @@
     uv run python scripts/benchmark_planner.py --smoke    # shows that everything runs
 
     sleeping    the simulator, policy and learner of benchmark_pipeline.py, which cost what they are told to
+    cheetah     HalfCheetah in the learner's own process, policy and PPO of half_cheetah_ppo, with shorter segments
     quickstart  PickCube in ManiSkill, flow-matching policy and PPO of quickstart_ppo, with shorter segments
 
 Each is profiled once, with all its environments in one group and learning after collecting; then every configuration
@@ -29,6 +30,7 @@ Setting = tuple[int, int, int]
 """(environments, groups, staleness)."""
 SETTINGS: dict[str, list[Setting]] = {
     "sleeping": [(16, 1, 0), (16, 2, 0), (16, 1, 1), (16, 2, 1), (8, 2, 0), (8, 1, 1)],
+    "cheetah": [(8, 1, 0), (8, 1, 1), (16, 1, 0), (16, 1, 1)],
     "quickstart": [(32, 1, 0), (32, 2, 0), (32, 1, 1), (32, 2, 1), (16, 1, 0), (16, 2, 1)],
 }
 ITERATIONS = 7
@@ -162,7 +164,15 @@ def quickstart() -> Any:
     )
 
 
-CASES: dict[str, Callable[[], Any]] = {"sleeping": sleeping, "quickstart": quickstart}
+def cheetah() -> Any:
+    """Of PPO without an end of its own."""
+    from embodied_rl.registry import recipes
+
+    config = recipes.load("half_cheetah_ppo")()
+    return replace(config, training=replace(config.training, decisions_per_iteration=128))
+
+
+CASES: dict[str, Callable[[], Any]] = {"sleeping": sleeping, "cheetah": cheetah, "quickstart": quickstart}
 
 
 if __name__ == "__main__":
