@@ -48,6 +48,8 @@ class _Actor:
     """The incarnation."""
     handle: Any = None
     pid: int = 0
+    node: str = ""
+    """The id of its Ray node."""
     deaths: int = 0
     """Of simulator processes of this incarnation."""
     chunks: int = 0
@@ -98,6 +100,11 @@ class RolloutActors:
     def pids(self) -> list[int]:
         """Process ids of the rollout workers that run now."""
         return [actor.pid for actor in self._actors]
+
+    @property
+    def nodes(self) -> list[str]:
+        """Ids of the Ray nodes that they run on."""
+        return [actor.node for actor in self._actors]
 
     @property
     def deaths(self) -> int:
@@ -182,7 +189,7 @@ class RolloutActors:
             if not ray.wait([reference], timeout=max(0.0, deadline - time.monotonic()))[0]:
                 raise SimulatorDied(f"{actor.name} did not start within {START:.0f} seconds; {_last_words(actor)}")
             try:
-                its, actor.pid = _get(reference)
+                its, actor.pid, actor.node = _get(reference)
             except RayError as error:
                 raise SimulatorDied(f"at start-up: {_obituary(actor, error)}") from error
             specs.append(its)
@@ -190,16 +197,30 @@ class RolloutActors:
             raise UserError("the simulator has different specs in different rollout workers")
         return specs[0]
 
-    def _replace(self, actor: _Actor, error: Exception) -> None:
+    def _replace(self, actor: _Actor, error: BaseException) -> None:
+        """Start another incarnation in place of one that ended with `error`."""
         import ray
 
-        self._died += 1
-        self._buried, actor.deaths = self._buried + actor.deaths, 0
         self.lost_episodes += actor.rows.stop - actor.rows.start
-        ray.kill(actor.handle)  # who cannot be reached may still be there
-        if self._died > MAX_DEATHS:
-            raise SimulatorDied(f"{self._died} deaths of rollout workers; the last: {_obituary(actor, error)}")
-        self._start([actor])
+        self._buried, actor.deaths = self._buried + actor.deaths, 0
+        self._died += 1
+        node = actor.node
+        while True:
+            ray.kill(actor.handle)  # who cannot be reached may still be there
+            if self._died > MAX_DEATHS:
+                raise SimulatorDied(f"{self._died} deaths of rollout workers; the last: {_obituary(actor, error)}")
+            try:
+                self._start([actor])
+            except SimulatorDied as death:
+                if death.__cause__ is None:
+                    raise
+                error = death.__cause__
+                # Ray sends it to a node that is gone as long as it has not noticed that.
+                self._died += any(each["Alive"] and each["NodeID"] == node for each in ray.nodes())
+            else:
+                break
+        for other in self._actors:  # nobody has looked after them
+            other.seen = time.monotonic()
 
     def _look_after(self, actor: _Actor) -> None:
         """Kill it when it has not made a chunk for long."""
@@ -262,7 +283,7 @@ def _get(reference: Any) -> Any:
         raise error.cause from error
 
 
-def _obituary(actor: _Actor, error: Exception) -> str:
+def _obituary(actor: _Actor, error: BaseException) -> str:
     """How it ended."""
     reason = str(error).strip().partition("\n")[0]
     return f"{actor.name}, process {actor.pid or '?'}: {reason} {_last_words(actor)}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +14,8 @@ from embodied_rl.errors import UserError
 
 ATTEMPTS = 3
 """Ray allows its parts 30 seconds each to start, which a crowded machine may need more often than once."""
+CONNECT = 10.0
+"""Seconds that a cluster gets to accept a connection."""
 RESERVE = 60.0
 """Seconds after which resources that others hold are not waited for any longer."""
 
@@ -28,7 +32,7 @@ _PRIVATE = {
 def cluster(address: str | None) -> Iterator[None]:
     """Connected to the cluster at `address`, or to a private one, which ends with the block. A process that is
     connected already stays so. Raises `UserError` when there is no such cluster or none can be started."""
-    if address is None:  # read when Ray is imported and when its processes start
+    if address is None and "ray" not in sys.modules:  # its parts in this process read them only once
         for name, value in _PRIVATE.items():
             os.environ.setdefault(name, value)
     import ray
@@ -44,6 +48,8 @@ def cluster(address: str | None) -> Iterator[None]:
 
 
 def _connect(ray: Any, address: str | None) -> None:
+    if address is not None:
+        _require_listener(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     for attempt in range(ATTEMPTS if address is None else 1):
         try:
@@ -57,7 +63,22 @@ def _connect(ray: Any, address: str | None) -> None:
             reason, last = str(error).strip().partition("\n")[0], attempt
     if address is None:
         raise UserError(f"a private Ray cluster did not start ({last + 1} attempts; the last: {reason})")
-    raise UserError(f"no Ray cluster answers at pipeline.ray_address {address} ({reason}): see `ray status`")
+    raise _unreachable(address, reason)
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself takes minutes to find out that nobody is there. Other forms than "host:port" are Ray's business."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, str(error)) from error
+
+
+def _unreachable(address: str, reason: str) -> UserError:
+    return UserError(f"no Ray cluster answers at pipeline.ray_address {address} ({reason}): see `ray status`")
 
 
 def reserve(count: int, cpus: float, gpus: float) -> Any:

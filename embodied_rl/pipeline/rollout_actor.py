@@ -84,15 +84,18 @@ class RolloutActor:
 
     def start(
         self, simulator: Any, groups: int, schedule: ResetSchedule, log_dir: Path | None, device: str
-    ) -> tuple[Specs, int]:
-        """Start the environments; their specs, and the id of this process."""
+    ) -> tuple[Specs, int, str]:
+        """Start the environments; their specs, and the ids of this process and of its Ray node."""
+        import ray
+
         self._device = torch.device(device)
         self._simulator = build_simulator(simulator, groups, schedule, log_dir)
         parts: Sequence[Any] = getattr(self._simulator, "groups", ())
         for each in (self._simulator, *parts):
             each.receive = self._counting(each)
         built = self._simulator
-        return Specs(built.observation_spec, built.action_spec, built.tasks), os.getpid()
+        specs = Specs(built.observation_spec, built.action_spec, built.tasks)
+        return specs, os.getpid(), ray.get_runtime_context().get_node_id()
 
     def progress(self) -> int:
         """Chunks waited for so far: whoever makes some is not stuck."""

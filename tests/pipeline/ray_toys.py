@@ -64,6 +64,11 @@ class Suffering(Additive):
     def dies(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def dies_always(self) -> None:
+        self.mark.unlink()
+        print("it was too much", flush=True)
+        self.dies()
+
     def loses_its_simulator(self) -> None:
         os.kill(worker_pids()[0], signal.SIGKILL)
 

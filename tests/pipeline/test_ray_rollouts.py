@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,20 +14,27 @@ from typing import Any
 
 import pytest
 import torch
+import training_toys
 from pipeline_toys import in_groups, make_worker, same
 from ray_toys import STREAMS, Suffering, actors, on_ray, ray_worker
-from training_toys import on_policy
+from training_toys import metrics_of, on_policy
 
+import embodied_rl
+from embodied_rl.algorithms.grpo import DAPOConfig
+from embodied_rl.algorithms.ppo import PPOConfig
 from embodied_rl.config import PipelineConfig
-from embodied_rl.errors import UserError
+from embodied_rl.errors import SimulatorDied, UserError
+from embodied_rl.pipeline import ray_actors
 from embodied_rl.pipeline.ray_actors import RolloutActors
 from embodied_rl.pipeline.ray_cluster import cluster, reserve
 from embodied_rl.pipeline.ray_rollouts import RayRolloutWorker
 from embodied_rl.pipeline.tickets import TicketCounter
-from embodied_rl.training.metrics import read_metrics
+from embodied_rl.training.metrics import MetricLogger, read_metrics
 from embodied_rl.training.run import train
 
 ENVIRONMENTS = 5
+DAPO = DAPOConfig(group_size=3, groups_per_iteration=2, epochs=1, score="success", further_groups=4, staleness=1)
+ASYNC = PPOConfig(epochs=1, minibatches=2, critic_warmup=1, staleness=1)
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +198,100 @@ def test_a_run_on_ray_is_the_run(ray_cluster: None, tmp_path: Path) -> None:
             assert name.startswith("time/") or mine[name] == theirs[name], name
     assert near["evaluations"] == far["evaluations"]
     assert (tmp_path / "far" / "logs" / "rollout-worker-0" / "worker-0.log").exists()
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_last_words(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_actors, "MAX_DEATHS", 1)
+    with actors(2, 1, tmp_path) as simulator:
+        far = suffering(simulator, "dies_always", 0, tmp_path / "mark")
+        far.restart(TicketCounter(0))
+        with pytest.raises(SimulatorDied, match=r"(?s)2 deaths .*worker 0 \(environments 0-1\).*died.*it was too much"):
+            far.collect(3, 0)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_replaced(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_actors, "LONGEST", 4.0)
+    monkeypatch.setattr(ray_actors, "_BEAT", 0.5)
+    with actors(2, 1, tmp_path) as simulator:
+        far = suffering(simulator, "hangs", 5, tmp_path / "mark")
+        far.restart(TicketCounter(0))
+        batches = [far.collect(7, version) for version in range(4)]
+    assert simulator.deaths == 1 and far.lost_episodes == 2
+    assert all(batch.valid.any(-1).all() for batch in batches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [DAPO, ASYNC], ids=["dapo", "async_ppo"])
+def test_a_run_on_ray_that_broke_goes_on_exactly(
+    algorithm: Any, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = on_policy(env_steps=1000, checkpoint_every=2, evaluate_every=3)
+    config = replace(config, algorithm=algorithm, pipeline=on_ray(2))
+    train(config, tmp_path / "whole")
+
+    def breaking(self: MetricLogger, row: dict[str, Any], log: Any = MetricLogger.log) -> None:
+        log(self, row)
+        if row.get("iteration") == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricLogger, "log", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "broken")
+    train(config, tmp_path / "broken", resume=True)
+    whole, broken = (metrics_of(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "broken"))
+    assert len(whole) > 3 and whole == broken
+    assert {row["train/staleness"] for row in whole} == {0, 1}
+
+
+ALONE = """
+import sys, training_toys
+from dataclasses import replace
+from pathlib import Path
+from embodied_rl.config import PipelineConfig
+from embodied_rl.training.run import train
+config = replace(training_toys.on_policy(env_steps=10**7), pipeline=PipelineConfig(executor="ray"))
+train(config, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_no_process_of_its_private_cluster(tmp_path: Path) -> None:
+    def mine() -> list[str]:
+        """Command lines of processes that have the environment of the run."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                if folder.name.isdigit() and f"RUN_OF={tmp_path}".encode() in (folder / "environ").read_bytes():
+                    found.append((folder / "cmdline").read_text().replace("\0", " ")[:100])
+            except OSError:  # it ended meanwhile
+                continue
+        return found
+
+    environment = os.environ | {"PYTHONPATH": str(Path(training_toys.__file__).parent), "RUN_OF": str(tmp_path)}
+    out, deadline = tmp_path / "run", time.monotonic() + 240
+    with subprocess.Popen([sys.executable, "-c", ALONE, str(out)], env=environment) as run:
+        try:
+            while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+                assert run.poll() is None and time.monotonic() < deadline
+                time.sleep(0.5)
+            assert any("gcs_server" in command for command in mine())
+        finally:
+            run.kill()
+    deadline = time.monotonic() + 60  # the agents of Ray look around every few seconds
+    while (left := mine()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
+
+
+def test_nothing_imports_ray_before_it_is_asked_for() -> None:
+    root = Path(embodied_rl.__file__).parent
+    for path in (path for path in root.rglob("*.py") if not path.parent.is_symlink()):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom) and node.col_offset == 0:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                assert not any(name.split(".")[0] == "ray" for name in names), path
