@@ -249,8 +249,9 @@ class _Stages:
         chunks = [span.seconds for span in timeline.of("simulate")]
         infer, wait, collect, train = (_total(timeline.of(name)) for name in ("infer", "wait", "collect", "train"))
         record = collect - infer - wait
-        if self.inside:
-            infer, record, computed = infer + record, np.zeros(2), float(wait[1])
+        simulate = np.array([sum(chunks), computed / max(1, len(pids))])
+        if self.inside:  # it is stepped while this process waits for it, not while a decision is stored
+            simulate, infer, record = wait, infer + record, np.zeros(2)
 
         def stage(total: np.ndarray, calls: int) -> Stage:
             return Stage(max(float(total[0]) / calls, 1e-9), min(float(total[1] / max(total[0], 1e-9)), 1.0))
@@ -259,7 +260,7 @@ class _Stages:
         return Sample(
             rows=worker.simulator.num_envs,
             workers=max(1, len(pids)),
-            simulate=stage(np.array([sum(chunks), computed / max(1, len(pids))]), count),
+            simulate=stage(simulate, count),
             infer=stage(infer, count),
             record=stage(record, count),
             train=stage(train, 1),
