@@ -114,7 +114,7 @@ def test_settings_are_shown_with_their_help(calls, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trian", "unknown command 'trian': did you mean train?"),
+        ("trian", "unknown command 'trian': did you mean train or plan?"),
         ("train cli_toi", "unknown recipe 'cli_toi': did you mean cli_toy"),
         ("train cli_not_a_recipe", "returned str, not a RunConfig"),
         ("train cli_toy --algorithm.learning-rte 1", "did you mean --algorithm.learning-rate"),
