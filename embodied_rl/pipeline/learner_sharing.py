@@ -85,13 +85,13 @@ def shard(policy: Any, layers: Iterable[nn.Module], mesh: DeviceMesh, precision:
     """Leave every rank its part of the weights of `policy`; its `layers` are gathered one at a time, the rest at once.
 
     Weights of 32 bits are gathered in `precision`; gradients are added up in 32 bits. Raises `UserError` for a policy
-    that trains weights of several precisions in one layer.
+    that trains convolutions, or weights of several precisions in one layer.
     """
     gathered = None if precision == torch.float32 else precision
     # Inputs stay as they are: among them are recorded actions and noise, whose scores need all their digits.
     kinds = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
     for module in [*layers, policy]:
-        _require_one_precision(module)
+        _require_shardable(module)
         sharded: FSDPModule = fully_shard(module, mesh=mesh, mp_policy=kinds)
         sharded.set_force_sum_reduction_for_comms(True)
         sharded.set_gradient_divide_factor(1.0)
@@ -101,16 +101,30 @@ def shard(policy: Any, layers: Iterable[nn.Module], mesh: DeviceMesh, precision:
 
 @torch.no_grad()
 def called_layers(policy: Any, inputs: dict[str, Tensor], trace: dict[str, Tensor]) -> list[nn.Module]:
-    """The members of module lists, inner ones first, that scoring runs as modules: those that FSDP2 can gather and free
-    one after the other. A network may also reach into its layers, which then are gathered with the rest."""
-    lists = (module for module in policy.modules() if isinstance(module, nn.ModuleList))
+    """The members of module lists, inner ones first, that scoring runs as modules and in no other way: those that FSDP2
+    can gather and free one after the other. Where a network reaches into a layer, it is gathered with the rest."""
+    lists = [module for module in policy.modules() if isinstance(module, nn.ModuleList)]
     candidates = {layer for layers in lists for layer in layers if any(True for _ in layer.parameters())}
+    inside: set[nn.Module] = set()
     called: set[nn.Module] = set()
-    handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in candidates]
+    reached: set[nn.Module] = set()
+
+    def enter(layer: nn.Module, _: Any) -> None:
+        inside.add(layer)
+        called.add(layer)
+
+    def watch(layer: nn.Module) -> Iterator[Any]:
+        yield layer.register_forward_pre_hook(enter)
+        yield layer.register_forward_hook(lambda layer, *_: inside.discard(layer))
+        for part in layer.modules():
+            if part is not layer:
+                yield part.register_forward_pre_hook(lambda *_: None if layer in inside else reached.add(layer))
+
+    handles = [handle for layer in candidates for handle in watch(layer)]
     policy.evaluate_actions(inputs, trace)
     for handle in handles:
         handle.remove()
-    return [module for module in reversed(list(policy.modules())) if module in called]
+    return [module for module in reversed(list(policy.modules())) if module in called - reached]
 
 
 def replace_parameters(optimizer: torch.optim.Optimizer, names: Mapping[int, str], policy: nn.Module) -> None:
@@ -156,10 +170,17 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _require_one_precision(module: nn.Module) -> None:
-    trained = {p.dtype for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)}
-    if len(trained) > 1:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in trained))
+def _require_shardable(module: nn.Module) -> None:
+    trained = [each for each in module.parameters() if each.requires_grad and not isinstance(each, DTensor)]
+    if any(each.ndim > 2 for each in trained):
+        # FSDP2 of torch 2.11 was seen to read the gradient of a trained convolution in another order of its numbers.
+        raise UserError(
+            "pipeline.sharding fsdp2 does not train convolutions: freeze them (--policy.frozen), train adapters "
+            "(--policy.lora-rank), or leave sharding at none"
+        )
+    kinds = {each.dtype for each in trained}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in kinds))
         raise UserError(
             f"pipeline.sharding fsdp2 cannot train weights of several precisions together ({names}): keep them in one, "
             f"for example --policy.dtype float32 with --pipeline.precision bfloat16"

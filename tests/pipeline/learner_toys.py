@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from embodied_rl.pipeline.learner_ranks import LearnerRanks
 from embodied_rl.policies.gaussian_mlp import GaussianMLP, GaussianMLPConfig
 from embodied_rl.simulators.worker import Specs
 from embodied_rl.specs import ActionSpec, ObservationSpec
-from embodied_rl.types import Episode, EpisodeBatch, Score, Trajectory
+from embodied_rl.types import Episode, EpisodeBatch, Observation, Score, Trajectory
 
 SPECS = Specs(ObservationSpec(state=5), ActionSpec(low=(-1.0,) * 2, high=(1.0,) * 2, hold=(0.0,) * 2), ())
 
@@ -35,28 +36,47 @@ class Impatient(GaussianMLP):
         return super().evaluate_actions(inputs, trace)
 
 
-def built(policy: Any, algorithm: Any, seed: int = 0) -> Any:
-    """The algorithm on its policy, as a run builds them."""
-    torch.manual_seed(seed)
-    return algorithm.build(policy.build(SPECS.observation, SPECS.action), seed)
+def built(policy: Any, algorithm: Any, specs: Specs = SPECS) -> Any:
+    """The algorithm on its policy, with every weight away from its first value: gates of zero let no gradient through,
+    and Adam makes steps of gradients that are rounding alone."""
+    torch.manual_seed(0)
+    made = policy.build(specs.observation, specs.action)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return algorithm.build(made, 0)
 
 
-def inputs_of(policy: Any, generator: torch.Generator, *shape: int) -> dict[str, Tensor]:
-    return {"state": torch.randn(*shape, policy.observation_spec.state, generator=generator)}
+def inputs_of(policy: Any, seed: int, rows: int) -> dict[str, Tensor]:
+    """Random states and images, and an instruction."""
+    rng, spec = np.random.default_rng(seed), policy.observation_spec
+    return policy.prepare(
+        Observation(
+            images={
+                name: rng.integers(0, 256, (rows, view.height, view.width, 3), np.uint8)
+                for name, view in spec.cameras.items()
+            },
+            image_mask={name: np.ones(rows, bool) for name in spec.cameras},
+            state=rng.standard_normal((rows, spec.state), np.float32),
+            instruction_id=np.zeros(rows, np.int64),
+            task=np.zeros(rows, np.int64),
+            instructions=("reach the cube",),
+        )
+    )
 
 
-def segment(policy: Any, seed: int, version: int, inputs_of: Any = inputs_of, steps: int = 7, envs: int = 5) -> Any:
+def segment(policy: Any, seed: int, version: int, steps: int = 7, envs: int = 5) -> Trajectory:
     """Episodes that end within chunks, and some decisions that nothing was executed of."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    inputs = inputs_of(policy, generator, steps, envs)
-    sample = policy.act({name: each.flatten(0, 1) for name, each in inputs.items()})
+    inputs = inputs_of(policy, seed, steps * envs)
+    sample = policy.act(inputs)
     shape = steps, envs, policy.chunk
     executed = torch.randint(policy.chunk + 1, (steps, envs, 1), generator=generator)
     valid = torch.arange(policy.chunk) < executed
     ends = torch.rand(shape, generator=generator)
     return Trajectory(
-        inputs=inputs,
+        inputs={name: each.unflatten(0, (steps, envs)) for name, each in inputs.items()},
         trace={name: each.unflatten(0, (steps, envs)) for name, each in sample.trace.items()},
         actions=sample.actions.unflatten(0, (steps, envs)),
         log_prob=sample.log_prob.unflatten(0, (steps, envs)),
@@ -72,9 +92,9 @@ def segment(policy: Any, seed: int, version: int, inputs_of: Any = inputs_of, st
     )
 
 
-def episodes(policy: Any, seed: int, version: int, inputs_of: Any = inputs_of) -> EpisodeBatch:
+def episodes(policy: Any, seed: int, version: int) -> EpisodeBatch:
     """Two groups of four episodes of several lengths."""
-    whole = segment(policy, seed, version, inputs_of, steps=4, envs=8)
+    whole = segment(policy, seed, version, steps=4, envs=8)
     keep = whole.valid.flatten(0, 1).any(1)
 
     def kept(x: Tensor) -> Tensor:
@@ -103,10 +123,11 @@ def learn(
     ranks: LearnerRanks | None = None,
     pipeline: PipelineConfig | None = None,
     saved: dict[str, Any] | None = None,
+    specs: Specs = SPECS,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """(what a checkpoint holds, metrics of every batch) of learning from `batches`, here or in `ranks`, from the start
     or from a checkpoint."""
-    learner = built(policy, algorithm)
+    learner = built(policy, algorithm, specs)
     generator = torch.Generator().manual_seed(3)
     if saved is not None:
         learner.policy.load_state_dict(saved["policy"])
@@ -115,7 +136,7 @@ def learn(
         learner.load_counters(saved["counters"])
         generator.set_state(saved["generator"])
     if ranks is not None:
-        ranks.take_over(learner, policy, SPECS, 0, pipeline or PipelineConfig(learners=2))
+        ranks.take_over(learner, policy, specs, 0, pipeline or PipelineConfig(learners=2))
     metrics = [learner.learn(batch, generator) for batch in batches]
     states = {name: each.state_dict() for name, each in learner.optimizers().items()}
     tree = {
