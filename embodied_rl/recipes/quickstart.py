@@ -83,7 +83,10 @@ def quickstart_reinforce() -> RunConfig:
 
 def quickstart_token_grpo() -> RunConfig:
     """Twice the demonstrations cloned by a policy that acts in tokens (of 32 it learns next to nothing), and GRPO."""
-    run = _groups("quickstart_token_grpo", GRPOConfig(**_STEPS | {"learning_rate": 3e-5, "granularity": "token"}))
+    algorithm = GRPOConfig(
+        learning_rate=1e-4, adapt_to_kl=0.004, granularity="token", groups_per_iteration=16, epochs=4, minibatches=8
+    )
+    run = _groups("quickstart_token_grpo", algorithm)
     return replace(run, policy=TokenMLPConfig(bins=15), demonstrations=DemonstrationsConfig(episodes=64, noise=0.1))
 
 

@@ -19,6 +19,7 @@ from embodied_rl.specs import ActionSpec, CameraSpec, ObservationSpec, TaskSpec
 NUM_ENVS, SIZE = 16, 224
 CALLS = 200
 """Per round and side."""
+_MEGABYTES = NUM_ENVS * 2 * SIZE * SIZE * 3 / 1e6
 
 
 class StillLife(BatchedEnvironment):
@@ -73,8 +74,24 @@ def measure(smoke: bool) -> dict[str, Any]:
     "host_images_vs_memcpy": what the images add to that time instead; "host_call_us": the time without images}.
 
     Calls take turns, because a core that has just been idle copies at half the speed or less for a while: all sides
-    then begin on one. The same copy over and over, on a core that never sleeps, is printed too.
+    then begin on one. The same copy over and over, on a core that never sleeps, is printed too. Every round has
+    processes and memory of its own: where these happen to lie makes a difference of a third.
     """
+    rounds = [_round() for _ in range(5 if smoke else 15)]
+    bare, whole, memcpy, hot = (statistics.median(side) for side in zip(*rounds, strict=True))
+    print(f"a call for {NUM_ENVS} environments: {bare:.0f} us, with {_MEGABYTES:.1f} MB of images {whole:.0f} us")
+    print(f"memcpy of the images: {memcpy:.0f} us, {hot:.0f} us without a pause")
+    ratios = sorted(b / c for _, b, c, _ in rounds)
+    print(f"call with images / memcpy: {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})")
+    return {
+        "host_transport_vs_memcpy": round(statistics.median(ratios), 3),
+        "host_images_vs_memcpy": round(statistics.median((b - a) / c for a, b, c, _ in rounds), 3),
+        "host_call_us": round(bare, 1),
+    }
+
+
+def _round() -> tuple[float, float, float, float]:
+    """Microseconds of a call without images, with them, of a copy of them in turn, and over and over."""
     with host([]) as blind, host(["agentview", "robot0_eye_in_hand"]) as seeing:
         actions = np.zeros((NUM_ENVS, 1, 7), np.float32)
         images = list(seeing.step(actions).observation.copy().images.values())
@@ -84,14 +101,5 @@ def measure(smoke: bool) -> dict[str, Any]:
             for image, target in zip(images, copies, strict=True):
                 np.copyto(target, image)
 
-        sides = (lambda: blind.step(actions), lambda: seeing.step(actions), copy)
-        rounds = [(*microseconds(*sides), *microseconds(copy)) for _ in range(5 if smoke else 15)]
-    bare, whole, memcpy, hot = (statistics.median(side) for side in zip(*rounds, strict=True))
-    megabytes = sum(image.nbytes for image in images) / 1e6
-    print(f"a call for {NUM_ENVS} environments: {bare:.0f} us, with {megabytes:.1f} MB of images {whole:.0f} us")
-    print(f"memcpy of the images: {memcpy:.0f} us, {hot:.0f} us without a pause")
-    return {
-        "host_transport_vs_memcpy": round(statistics.median(b / c for _, b, c, _ in rounds), 3),
-        "host_images_vs_memcpy": round(statistics.median((b - a) / c for a, b, c, _ in rounds), 3),
-        "host_call_us": round(bare, 1),
-    }
+        bare, whole, memcpy = microseconds(lambda: blind.step(actions), lambda: seeing.step(actions), copy)
+        return bare, whole, memcpy, *microseconds(copy)
