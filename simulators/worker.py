@@ -76,11 +76,12 @@ class Message(NamedTuple):
 class Channel:
     """Messages over a stream socket, every wait with a deadline."""
 
-    def __init__(self, connection: socket.socket, epoch: int, eager: bool = False) -> None:
-        """`eager` to stay awake for a message when the last one came within `_SOON`: going to sleep and waking up takes
-        as long as what a cheap simulator does."""
+    def __init__(self, connection: socket.socket, epoch: int, *, deadlines: bool = True, eager: bool = False) -> None:
+        """`deadlines` only where one is given to every call; without, waiting is one system call. `eager` to stay awake
+        for a message when the last one came within `_SOON`: going to sleep and waking up takes as long as what a cheap
+        simulator does."""
         self._socket = connection
-        self._socket.setblocking(False)
+        self._socket.setblocking(not deadlines)
         self._poll = select.poll()
         self._epoch = epoch
         self._eager = eager
@@ -140,8 +141,9 @@ class Channel:
 
     def _wait(self, event: int, deadline: float | None) -> None:
         """Sleep until the socket is ready for `event`; raises TimeoutError when it is not before `deadline`."""
+        assert deadline is not None  # without deadlines the socket itself waits
         self._poll.register(self._socket, event)
-        if not self._poll.poll(None if deadline is None else max(math.ceil(1e3 * (deadline - time.monotonic())), 1)):
+        if not self._poll.poll(max(math.ceil(1e3 * (deadline - time.monotonic())), 1)):
             raise TimeoutError
 
 
@@ -187,7 +189,7 @@ def main(connection: int, memory: int, epoch: int, parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return  # it died before the line above could notice
-    channel = Channel(socket.socket(fileno=connection), epoch)
+    channel = Channel(socket.socket(fileno=connection), epoch, deadlines=False)
     try:
         _serve(channel, memory)
     except (EOFError, ConnectionError):

@@ -117,7 +117,7 @@ class WorkerProcess:
             raise UserError(f"the simulator's interpreter {self._python} cannot be started: {error}") from error
         finally:
             theirs.close()
-        self._process = _Process(popen, Channel(ours, self._epoch, self._eager))
+        self._process = _Process(popen, Channel(ours, self._epoch, eager=self._eager))
 
     def send(self, message: Message, timeout: float) -> None:
         """A dead worker is noticed by `answer`."""
