@@ -21,7 +21,7 @@ from embodied_rl.specs import CameraSpec
 pytestmark = pytest.mark.slow
 SEES = replace(SPECS, observation=replace(SPECS.observation, cameras={"front": CameraSpec(32, 32)}))
 TINY = TinyVLAConfig(prompt_length=8, horizon=2, chunk=2, value_trains_prefix=True)
-PPO = PPOConfig(learning_rate=1e-5, epochs=1, minibatches=2, microbatch=4, critic_warmup=0, max_grad_norm=0.1)
+PPO = PPOConfig(learning_rate=1e-3, epochs=1, minibatches=2, microbatch=4, critic_warmup=0, max_grad_norm=0.1)
 SEEING = replace(TINY, frozen=("vision",))
 KINDS = {
     "without convolutions": SEEING,
