@@ -49,7 +49,8 @@ class ManiSkillEnvironment(Environment):
     A reset gives the same start for the same seed. What follows is nearly always the same, too: where several parts of
     the robot press on one body, PhysX solves these contacts in an order that depends on earlier episodes, whatever its
     flag of enhanced determinism (PickCube, random actions: 1 of 120 episodes of 60 steps). ManiSkill's humanoid tasks
-    (UnitreeG1-*, MS-Humanoid*) differ more: their own reset leaves something of the last episode in the physics.
+    (UnitreeG1-*, MS-Humanoid*) differ more: their own reset leaves something of the last episode in the physics. With
+    `rebuild` every episode begins in a new scene, and nothing is left of earlier ones.
 
     Raises `UserError` for an unknown task, control or reward mode, missing assets, or images without a renderer.
     """
@@ -63,13 +64,15 @@ class ManiSkillEnvironment(Environment):
         image_size: int = 128,
         max_steps: int | None = None,
         physics: Mapping[str, float] | None = None,
+        rebuild: bool = False,
     ) -> None:
         import torch
 
         torch.set_num_threads(1)  # a step is hundreds of operations on a handful of numbers
         self.max_steps = tasks.check(task, reward, max_steps)
         fast.install()
-        self.env = make(task, control_mode, observation, reward, image_size)
+        options = {"reconfiguration_freq": 1} if rebuild else {}
+        self.env = make(task, control_mode, observation, reward, image_size, **options)
         vary(self.env, physics or {})
         self._steps = 0
         self._info: dict[str, Any] = self.env.get_info()

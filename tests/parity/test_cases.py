@@ -94,7 +94,7 @@ def test_cases_elsewhere_are_run_and_a_wrong_number_in_one_fails(tmp_path):
             key for key in numbers if key in ("v_ts", "prefix_embs", "value", "action_logits", "greedy_actions")
         ]:
             wrong = numbers[key].clone()
-            wrong.view(-1)[-1] += 1e-2
+            wrong.view(-1)[0] += 1e-2  # the last ones may be padding
             save_file({**numbers, key: wrong}, file)
             result = run(tmp_path, "-k", name, *tests)
             assert result.returncode == 1, (file, key, result.stdout)
