@@ -61,7 +61,7 @@ def _rates(sides: Mapping[str, Side], rounds: int, clock: Callable[[], float]) -
         side.run()  # warm up
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
-        for name in list(sides) if turn % 2 == 0 else reversed(sides):
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
             rates[name].append(sides[name].rate(clock))
     return rates
 

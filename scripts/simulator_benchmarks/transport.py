@@ -102,4 +102,5 @@ def _round() -> tuple[float, float, float, float]:
                 np.copyto(target, image)
 
         bare, whole, memcpy = microseconds(lambda: blind.step(actions), lambda: seeing.step(actions), copy)
-        return bare, whole, memcpy, *microseconds(copy)
+        (hot,) = microseconds(copy)
+        return bare, whole, memcpy, hot
