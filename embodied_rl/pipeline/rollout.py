@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
 from embodied_rl.errors import UserError
+from embodied_rl.pipeline.episodes import Episodes, in_order
 from embodied_rl.pipeline.segment import Memory, Segment, required
 from embodied_rl.pipeline.tickets import Source, TicketList, Tickets
 from embodied_rl.policies.base import Inputs, Policy
@@ -173,8 +174,7 @@ class RolloutWorker:
         ran them. Abandons what the worker was doing.
         """
         self.restart(TicketList(tickets))
-        parts: list[EpisodeBatch] = []
-        lost: dict[int, int] = {}
+        collected = Episodes()
         running = [(group, rows) for group, rows in self._rows() if group.running]
         for group, _ in running:
             group.begin()
@@ -184,14 +184,11 @@ class RolloutWorker:
                 step = group.finish()
                 if group.running:
                     group.begin()
-                lost |= dict.fromkeys(step.tickets[step.result.lost].tolist(), len(parts))
-                parts.append(self._decisions_of(step, rows.start, version))
+                collected.add(self._decisions_of(step, rows.start, version))
+                if step.result.lost.any():
+                    collected.drop(step.tickets[step.result.lost])
             running = [(group, rows) for group, rows in running if group.running]
-        if lost:  # nothing of a lost episode is learned from
-            for at, part in enumerate(parts):
-                keep = torch.tensor([at > lost.get(ticket, -1) for ticket in part.tickets.tolist()], dtype=torch.bool)
-                parts[at] = combine([part], lambda tensors, keep=keep: tensors[0][keep.to(tensors[0].device)])
-        return in_order(parts)
+        return in_order(collected.parts)
 
     def apart(self, policy: Policy, function: Callable[[RolloutWorker, range], Result], tickets: range) -> list[Result]:
         """[function(worker, `tickets`)] of a worker in the same environments that acts by `policy`. Where others have
@@ -243,25 +240,3 @@ class RolloutWorker:
                     f"diverged; lower the action limits or leave this initial state out"
                 )
         return self.policy.prepare(self.connection.observation(observation))
-
-
-def combine(parts: Sequence[EpisodeBatch], function: Callable[[list[torch.Tensor]], torch.Tensor]) -> EpisodeBatch:
-    """One batch of the episodes of all `parts`; each of its tensors is a function of theirs of the same name."""
-
-    def each(name: str) -> Any:
-        columns = [getattr(part, name) for part in parts]
-        if isinstance(columns[0], dict):
-            return {key: function([column[key] for column in columns]) for key in columns[0]}
-        return function(columns)
-
-    names = ("inputs", "trace", "log_prob", "reward", "valid", "tickets")
-    episodes = [episode for part in parts for episode in part.episodes]
-    return EpisodeBatch(**{name: each(name) for name in names}, version=parts[0].version, episodes=episodes)
-
-
-def in_order(parts: Sequence[EpisodeBatch]) -> EpisodeBatch:
-    """One batch of whole episodes in the order of their tickets; those of an episode stay in theirs."""
-    order = torch.cat([part.tickets for part in parts]).argsort(stable=True)
-    batch = combine(parts, lambda tensors: torch.cat(tensors)[order.to(tensors[0].device)])
-    batch.episodes.sort(key=lambda episode: episode.ticket)
-    return batch

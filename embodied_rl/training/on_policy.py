@@ -11,9 +11,9 @@ import torch
 
 from embodied_rl.algorithms.base import EpisodicAlgorithm, Metrics, OnPolicyAlgorithm
 from embodied_rl.errors import UserError
+from embodied_rl.pipeline.episodes import in_order, selected
 from embodied_rl.pipeline.executor import Collector
 from embodied_rl.pipeline.learning import Beside, Replica
-from embodied_rl.pipeline.rollout import combine
 from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.training.workflows import episode_metrics
 from embodied_rl.types import EpisodeBatch, Trajectory
@@ -138,7 +138,7 @@ class EpisodeWorkflow(OnPolicyWorkflow):
             missing -= int(informative.sum()) // size
             count = min(budget, max(missing, self.worker.simulator.num_envs // size))
             budget -= count
-        return combine(parts, torch.cat)
+        return parts[0] if len(parts) == 1 else in_order(parts)
 
 
 def _only(batch: EpisodeBatch, chosen: np.ndarray) -> EpisodeBatch:
@@ -146,5 +146,4 @@ def _only(batch: EpisodeBatch, chosen: np.ndarray) -> EpisodeBatch:
     if chosen.all():
         return batch
     tickets = [episode.ticket for episode, keep in zip(batch.episodes, chosen, strict=True) if keep]
-    index = torch.isin(batch.tickets, torch.tensor(tickets, dtype=torch.int64)).nonzero().squeeze(1)
-    return combine([batch], lambda tensors: tensors[0][index.to(tensors[0].device)])
+    return selected(batch, torch.isin(batch.tickets, torch.tensor(tickets, dtype=torch.int64)))
