@@ -34,9 +34,10 @@ class CoTraining:
         self.batch_size = batch_size
         self.seed = seed
 
-    def losses(self, update: int, rows: int | None = None) -> Iterator[Tensor]:
+    def losses(self, update: int, rows: int | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Tensor]:
         """beta * mean imitation loss [] of the batch of `update`, in parts of at most `rows` rows that add up to it;
-        nothing when beta is 0."""
+        nothing when beta is 0. Of `ranks` processes each gets every `ranks`-th part, whose noise does not depend on who
+        has it, and all get equally many: who would have one less gets one that counts for nothing."""
         if not self.beta:
             return
         device = self.policy.device
@@ -44,12 +45,23 @@ class CoTraining:
         generator = torch.Generator().manual_seed(int(entropy[0]))
         drawn = torch.randint(len(self.data["actions"]), (self.batch_size,), generator=generator).to(device)
         counted = self.data["valid"][drawn].any(1).sum().clamp(min=1)
-        for index in drawn.split(rows or self.batch_size):
+        parts = drawn.split(rows or self.batch_size)
+
+        def loss(index: Tensor) -> Tensor:
             part = take(self.data, index)
+            mean = mean_imitation_loss(self.policy, part)
+            return self.beta * mean * part["valid"].any(1).sum() / counted
+
+        for number, index in enumerate(parts):
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 seed_policy_draws(generator, device)
-                loss = mean_imitation_loss(self.policy, part)
-            yield self.beta * loss * part["valid"].any(1).sum() / counted
+                mine = loss(index) if number % ranks == rank else None
+            if mine is not None:
+                yield mine
+        if 0 < len(parts) % ranks <= rank:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                nothing = 0.0 * loss(drawn[:1])
+            yield nothing
 
     def loss(self, update: int) -> Tensor:
         """beta * mean imitation loss [] of the batch of `update`; 0 when beta is 0."""

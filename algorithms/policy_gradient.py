@@ -226,7 +226,8 @@ class PolicyGradient(Algorithm):
             self.differentiation.add(loss, optimizers, first=not metrics)
             metrics = {name: value.detach() + metrics.get(name, 0.0) for name, value in found.items()}
         if self.cotraining is not None and "grad_norm" in optimizers:  # not while the critic warms up
-            for loss in self.cotraining.losses(self.updates, self.config.microbatch):
+            whose = self.differentiation
+            for loss in self.cotraining.losses(self.updates, self.config.microbatch, whose.rank, whose.ranks):
                 self.differentiation.add(loss, {"grad_norm": self.policy_optimizer}, first=False)
                 metrics["cotraining_loss"] = loss.detach() + metrics.get("cotraining_loss", 0.0)
         norms, metrics = self.differentiation.total(optimizers, metrics)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils import _pytree as pytree
 
+from embodied_rl.algorithms.cotraining import CoTraining
 from embodied_rl.algorithms.policy_gradient import Batch, PolicyGradient, select, tree_map
 from embodied_rl.config import component_from_dict
 from embodied_rl.errors import UserError
@@ -75,6 +76,12 @@ class Rank:
         built = component_from_dict(policy).build(known.observation, known.action).to(self.device)
         self.algorithm = component_from_dict(algorithm).build(built, seed)
         self._sharding, self._precision = sharding, getattr(torch, precision)
+        return {}
+
+    def cotrain(self, data: dict[str, Any], beta: float, batch_size: int, seed: int) -> dict[str, Any]:
+        """See `CoTraining`; the memory of `data` is read as long as this rank learns."""
+        here = tree_map(data, lambda tensor: tensor.to(self.device))
+        self.algorithm.cotrain(CoTraining(self.algorithm.policy, here, beta, batch_size, seed))
         return {}
 
     def load(

@@ -95,7 +95,7 @@ def shard(policy: Any, layers: Iterable[nn.Module], mesh: DeviceMesh, precision:
         sharded: FSDPModule = fully_shard(module, mesh=mesh, mp_policy=kinds)
         sharded.set_force_sum_reduction_for_comms(True)
         sharded.set_gradient_divide_factor(1.0)
-    for method in ("evaluate_actions", "value"):
+    for method in ("evaluate_actions", "value", "imitation_loss"):
         register_fsdp_forward_method(policy, method)
 
 
