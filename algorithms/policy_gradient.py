@@ -210,8 +210,10 @@ class PolicyGradient(Algorithm):
         if self.reference is not None:
             metrics["kl"] = mean(kl_estimate(log_prob, sums(batch["reference"])[0], "k3"))
             loss = loss + config.kl_coefficient * metrics["kl"]
+        if "share" not in batch:  # all of the minibatch at once
+            return loss, metrics
         over_terms = {"approx_kl", "clip_fraction", "dropped"}
-        share, term_share = batch.get("share", 1.0), batch.get("term_share", 1.0)
+        share, term_share = batch["share"], batch["term_share"]
         return share * loss, {
             name: (term_share if name in over_terms else share) * metric for name, metric in metrics.items()
         }
@@ -224,7 +226,8 @@ class PolicyGradient(Algorithm):
             with self.differentiation.computing(self.policy.device):
                 loss, found, optimizers = self.losses(part)
             self.differentiation.add(loss, optimizers, first=not metrics)
-            metrics = {name: value.detach() + metrics.get(name, 0.0) for name, value in found.items()}
+            found = {name: value.detach() for name, value in found.items()}
+            metrics = {name: metrics[name] + value for name, value in found.items()} if metrics else found
         if self.cotraining is not None and "grad_norm" in optimizers:  # not while the critic warms up
             whose = self.differentiation
             for loss in self.cotraining.losses(self.updates, self.config.microbatch, whose.rank, whose.ranks):

@@ -126,7 +126,9 @@ class PPO(PolicyGradient, OnPolicyAlgorithm):
         if value is None:
             value = self.policy.value(batch["inputs"])
         errors = value_loss(value, batch["value"], batch["returns"], config.value_clip, config.huber_delta)
-        error = batch.get("row_share", 1.0) * errors.mean()
+        error = errors.mean()
+        if "row_share" in batch:
+            error = batch["row_share"] * error
         loss, metrics = config.value_coefficient * error, {"value_loss": error}
         optimizers: Optimizers = {"value_grad_norm": self.value_optimizer}
         if score is not None:

@@ -26,6 +26,9 @@ class RowNoise:
         # Setting the state of one generator takes a tenth of the time of making another.
         self._philox = np.random.Philox(0)
         self._generator = np.random.Generator(self._philox)
+        self._draws: list[Callable[[], Any]] = []
+        """So far; the first one is repeated when there is a second, because reading a state takes as long as drawing,
+        and many policies draw once."""
         self._states = [
             _fresh(seed, ticket, decision, copy)
             for ticket, decision in zip(tickets.tolist(), decisions.tolist(), strict=True)
@@ -53,10 +56,14 @@ class RowNoise:
 
     def _drawn(self, kind: type, shape: tuple[int, ...], draw: Callable[[], Any]) -> np.ndarray:
         drawn = np.empty((len(self), *shape), kind)
+        self._draws.append(draw)
         for row, state in enumerate(self._states):
             self._philox.state = state
+            if len(self._draws) == 2:
+                self._draws[0]()
             drawn[row] = draw()
-            self._states[row] = self._philox.state
+            if len(self._draws) > 1:
+                self._states[row] = self._philox.state
         return drawn
 
 

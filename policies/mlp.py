@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,36 @@ from embodied_rl.policies.normalization import CONSTANT
 from embodied_rl.specs import ActionSpec, ObservationSpec, pick_state
 from embodied_rl.types import Array
 
+
+class _Tanh(torch.autograd.Function):
+    """tanh(x) = 2 sigmoid(2x) - 1 in place of x, to 2e-7."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.mul_(2).sigmoid_().mul_(2).sub_(1)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.ops.aten.tanh_backward(*gradients, *ctx.saved_tensors)
+
+
+class Tanh(nn.Module):
+    """tanh of an input that nobody needs again. While it is trained on the CPU by torch's sigmoid, which takes a sixth
+    of the time of torch's tanh there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and x.device.type == "cpu" and x.dtype == torch.float32:
+            return _Tanh.apply(x)  # pyright: ignore[reportReturnType]
+        return x.tanh()
+
+
 Activation = Literal["relu", "tanh", "silu", "gelu"]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": functools.partial(nn.ReLU, inplace=True),  # linear layers do not need their output again
-    "tanh": nn.Tanh,
+    "tanh": Tanh,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
 }

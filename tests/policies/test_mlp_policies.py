@@ -13,7 +13,7 @@ from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies import check
 from embodied_rl.policies.flow_mlp import FlowMLPConfig
 from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
-from embodied_rl.policies.mlp import ActionScale, StateNormaliser
+from embodied_rl.policies.mlp import ActionScale, StateNormaliser, Tanh
 from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.randomness import RowNoise
 from embodied_rl.registry import policies
@@ -270,3 +270,15 @@ def test_value_head_starts_near_zero(activation):
     assert values.shape == (500,)
     assert values.abs().mean() < 0.5
     assert values.std() > 1e-3
+
+
+def test_the_tanh_that_is_trained_is_that_of_torch() -> None:
+    x = torch.linspace(-12, 12, 4001)
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = Tanh()(mine * 1), theirs.tanh()
+    assert (y - expected).abs().max() < 4e-7
+    weight = torch.randn(len(x), generator=torch.Generator().manual_seed(0))
+    ((y * weight).sum() + (expected * weight).sum()).backward()
+    assert mine.grad is not None and theirs.grad is not None
+    assert (mine.grad - theirs.grad).abs().max() < 2e-6
+    assert torch.equal(Tanh()(x), expected)  # where nothing is differentiated it is torch's
