@@ -36,7 +36,10 @@ CASES: dict[str, Case] = {
         "",
         "success",
         0.9,
-        overrides=("--demonstrations", "none", "--algorithm.symmetric", "false"),
+        overrides=(
+            *("--demonstrations", "none", "--algorithm.symmetric", "false"),
+            *("--training.env-steps", "10000"),  # over three times ours
+        ),
     ),
 }
 """In the order of what they say per minute."""
