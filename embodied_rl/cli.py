@@ -1,4 +1,4 @@
-"""The command line: `embodied-rl train | evaluate | collect | plan | report | doctor | list | install`.
+"""The command line: `embodied-rl train | evaluate | collect | plan | scale | report | doctor | list | install`.
 
 Everything heavy is imported by the command that needs it, so that help and `list` answer at once.
 """
@@ -108,6 +108,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     plan.add_argument("--seed", type=int, help="seed of everything random in the measurement")
     plan.add_argument("--devices", type=_positive, metavar="N", help="plan for N devices that are not here")
     plan.add_argument("--memory", type=_positive, metavar="GB", help="of each of them; default: enough")
+
+    scale = command("scale", _scale, "Give a run that trains another number of processes.")
+    scale.add_argument("run", type=Path, metavar="RUN_DIR")
+    scale.add_argument("--rollout-workers", type=_positive, metavar="N", help="on Ray; default: as they are")
+    scale.add_argument("--learners", type=_positive, metavar="N", help="processes that learn; default: as they are")
+    scale.add_argument("--wait", type=_positive, metavar="SECONDS", default=60, help="for what comes of it; default 60")
 
     report = command("report", _report, "Write report.html of a run again.")
     report.add_argument("run", type=Path, metavar="RUN_DIR")
@@ -271,6 +277,13 @@ def _plan(arguments: Any) -> None:
     from embodied_rl.planner.plan import plan
 
     print(plan(config, arguments.devices, arguments.memory))
+
+
+def _scale(arguments: Any) -> None:
+    from embodied_rl.training.scale_request import ask
+
+    request = ask(arguments.run, arguments.rollout_workers, arguments.learners)
+    print(request.wait(arguments.wait) or f"no answer yet: it will be in {request.path.with_suffix('.txt')}")
 
 
 def _report(arguments: Any) -> None:

@@ -108,6 +108,9 @@ class PipelineConfig:
     """Processors that Ray sets aside for a rollout worker and its simulators; less than 1 shares them."""
     rollout_gpus: float = 0.0
     """GPUs likewise, where its replica then is."""
+    elastic: bool = False
+    """Begin with as many rollout workers as fit into the cluster, and add some when it grows, up to `rollout_workers`;
+    otherwise there must be room for all."""
     ray_address: str | None = None
     """Of a Ray cluster that is running; none starts a private one on this machine, which ends with the run."""
     learners: int = 1
@@ -123,8 +126,10 @@ class PipelineConfig:
                 f"pipeline: needs rollout_workers >= 1, rollout_cpus > 0 and rollout_gpus >= 0, not "
                 f"{self.rollout_workers}, {self.rollout_cpus:g} and {self.rollout_gpus:g}"
             )
-        if self.executor == "local" and (self.rollout_workers > 1 or self.ray_address is not None):
-            raise UserError("pipeline: rollout_workers and ray_address are of the executor ray: set executor, too")
+        if self.executor == "local" and (self.rollout_workers > 1 or self.elastic or self.ray_address is not None):
+            raise UserError(
+                "pipeline: rollout_workers, elastic and ray_address are of the executor ray: set executor, too"
+            )
         if self.env_groups < 1 or self.learners < 1:
             raise UserError(
                 f"pipeline: env_groups and learners must be at least 1, not {self.env_groups} and {self.learners}"

@@ -29,6 +29,10 @@ class LearnerDied(RuntimeError):
     """A learner rank ended, stopped answering or raised; carries its traceback or what it printed."""
 
 
+class LearnerRaised(LearnerDied):
+    """A learner rank raised, as it would again; carries its traceback."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among `known`, with the nearest valid names."""
     known = sorted(known)

@@ -26,10 +26,9 @@ import torch
 from embodied_rl.algorithms.base import Metrics
 from embodied_rl.algorithms.policy_gradient import Batch, PolicyGradient
 from embodied_rl.config import PipelineConfig, component_to_dict
-from embodied_rl.errors import LearnerDied, UserError
+from embodied_rl.errors import LearnerDied, LearnerRaised, UserError
 from embodied_rl.pipeline.learner_channel import Channel, Memory, Message
 from embodied_rl.pipeline.learning import LONGEST
-from embodied_rl.simulators.base import Simulator
 from embodied_rl.simulators.worker import Specs
 
 START = 300.0
@@ -48,13 +47,16 @@ main(int(sys.argv[1]))
 
 
 class LearnerRanks:
-    """`count` processes; raises what they raise, and none is left after that."""
+    """`count` processes; raises what they raise, and none is left after that. They start beside what goes on: `meet`
+    them before anything else, or enter the block that this manages."""
 
     def __init__(self, count: int, device: torch.device, log_dir: Path | None = None) -> None:
         """They compute on devices of the kind of `device`, each on its own where there are enough."""
         self._batch = Memory()
         self._state: Memory | None = None
         """Where the ranks read what they start from, until the first batch."""
+        self._second: Memory | None = None
+        """Where they read the dataset of co-training."""
         self._selector = selectors.DefaultSelector()
         self._folder = tempfile.TemporaryDirectory(prefix="embodied_rl-learners-")
         self._ranks: list[_Process] = []
@@ -65,7 +67,6 @@ class LearnerRanks:
             store = str(Path(self._folder.name) / "store")
             for rank, process in enumerate(self._ranks):
                 process.send(_order("join", rank=rank, ranks=count, store=store, device=device.type))
-            self._answer(START, SILENCE + START)
         except BaseException:
             self.close()
             raise
@@ -76,30 +77,41 @@ class LearnerRanks:
         """Of the ranks."""
         return [process.popen.pid for process in self._ranks]
 
-    def take_over(
+    def meet(self) -> None:
+        """Wait until all have started."""
+        try:
+            self._answer(START, SILENCE + START)
+        except BaseException:
+            self.close()
+            raise
+
+    def build(
         self,
         algorithm: PolicyGradient,
         policy: Any,
-        simulator: Simulator | Specs,
+        specs: Specs,
         seed: int,
         pipeline: PipelineConfig,
     ) -> None:
-        """From now on `algorithm` improves here, and its policy gets the new weights after every batch; its optimizers
-        give their states away. `policy`: the configuration that its policy was built from. Raises `UserError` for what
-        cannot be shared."""
-        if algorithm.cotraining is not None:
-            raise UserError("pipeline.learners must be 1 with co-training")
-        if isinstance(simulator, Simulator):
-            simulator = Specs(simulator.observation_spec, simulator.action_spec, ())
+        """Make a policy from its configuration `policy`, and an algorithm as `algorithm` is configured. Raises
+        `UserError` for what cannot be made elsewhere."""
         self._ask(
             "build",
             policy=component_to_dict(policy),
             algorithm=component_to_dict(algorithm.config),
-            specs=simulator.to_json().decode(),
+            specs=specs.to_json().decode(),
             seed=seed,
             sharding=pipeline.sharding,
             precision=pipeline.precision,
         )
+
+    def take_over(self, algorithm: PolicyGradient) -> None:
+        """From now on `algorithm`, like which they are built, improves here, and its policy gets the new weights after
+        every batch; its optimizers give their states away."""
+        if (second := algorithm.cotraining) is not None:
+            self._second = Memory()
+            told = {"beta": second.beta, "batch_size": second.batch_size, "seed": second.seed}
+            self._ask("cotrain", self._second, data=second.data, **told)
         self._state = Memory()
         self._ask(
             "load",
@@ -127,6 +139,7 @@ class LearnerRanks:
         self._folder.cleanup()
 
     def __enter__(self) -> LearnerRanks:
+        self.meet()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -235,7 +248,7 @@ class _Process:
 
     def failed(self, message: dict[str, Any]) -> BaseException:
         """What it raised."""
-        return UserError(message["error"]) if message["user"] else LearnerDied(f"{self._name}:\n{message['error']}")
+        return UserError(message["error"]) if message["user"] else LearnerRaised(f"{self._name}:\n{message['error']}")
 
     def stuck(self) -> LearnerDied:
         """It runs, but not for us."""

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,31 +82,75 @@ def _unreachable(address: str, reason: str) -> UserError:
     return UserError(f"no Ray cluster answers at pipeline.ray_address {address} ({reason}): see `ray status`")
 
 
-def reserve(count: int, cpus: float, gpus: float) -> Any:
-    """A placement group of `count` bundles of so many processors each, all there. Raises `UserError` when the cluster
-    has no room, at once where it never will have any."""
-    from ray.util.placement_group import placement_group, remove_placement_group
+def reserve(count: int, cpus: float, gpus: float) -> list[Any]:
+    """`count` places of so many processors each, all there. Raises `UserError` when the cluster has no room, at once
+    where it never will have any."""
+    require_room(count, cpus, gpus)
+    places = [place(cpus, gpus) for _ in range(count)]
+    deadline = time.monotonic() + RESERVE
+    if all(there(each, deadline - time.monotonic()) for each in places):
+        return places
+    for each in places:
+        give_back(each)
+    raise taken(count, cpus, gpus)
 
-    need = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
-    each = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
-    if (room := capacity(need)) < count:
+
+def require_room(count: int, cpus: float, gpus: float) -> None:
+    """Raises `UserError` when the cluster could not hold `count` places even if they were all free."""
+    if (room := capacity(cpus, gpus)) < count:
         raise UserError(
-            f"{count} rollout workers of {each} do not fit into the Ray cluster, which holds {room}: lower "
-            f"pipeline.rollout_workers, rollout_cpus or rollout_gpus"
+            f"{count} rollout workers of {_each(cpus, gpus)} do not fit into the Ray cluster, which holds {room}: "
+            f"lower pipeline.rollout_workers, rollout_cpus or rollout_gpus"
         )
-    group = placement_group([need] * count, strategy="SPREAD")
-    if not group.wait(RESERVE):
-        remove_placement_group(group)
-        raise UserError(
-            f"the Ray cluster has {count} times {each}, but others have held them for {RESERVE:.0f} seconds: see "
-            f"`ray status`, or lower pipeline.rollout_workers"
-        )
-    return group
 
 
-def capacity(need: dict[str, float]) -> int:
-    """How many bundles of `need` the nodes hold, were they free."""
+def taken(count: int, cpus: float, gpus: float) -> UserError:
+    """That others have the places."""
+    return UserError(
+        f"the Ray cluster has {count} times {_each(cpus, gpus)}, but others have held them for {RESERVE:.0f} seconds: "
+        f"see `ray status`, or lower pipeline.rollout_workers"
+    )
+
+
+def place(cpus: float, gpus: float) -> Any:
+    """Ask for a place: a placement group of one bundle, which goes to the node with the most room. Where its node is
+    lost, Ray looks for another."""
+    from ray.util.placement_group import placement_group
+
+    return placement_group([_need(cpus, gpus)], strategy="SPREAD")
+
+
+def there(place: Any, patience: float = 0.0) -> bool:
+    """Whether it is to be had within `patience` seconds."""
+    from ray.util.placement_group import placement_group_table
+
+    deadline = time.monotonic() + patience
+    while placement_group_table(place).get("state") != "CREATED":
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def give_back(place: Any) -> None:
+    """Let others have it; who is there ends."""
+    from ray.util.placement_group import remove_placement_group
+
+    remove_placement_group(place)
+
+
+def capacity(cpus: float, gpus: float) -> int:
+    """How many places the nodes hold, were they free."""
     import ray
 
+    need = _need(cpus, gpus)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.items()) for node in nodes)
+
+
+def _need(cpus: float, gpus: float) -> dict[str, float]:
+    return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+
+
+def _each(cpus: float, gpus: float) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in _need(cpus, gpus).items())

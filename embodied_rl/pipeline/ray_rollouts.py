@@ -5,18 +5,20 @@ to the segment. Observations stay where they are until the segment that holds th
 
 A worker that dies is replaced and collects its rows of the segment again, in the same weights, with tickets beyond
 those of the last segment that was handed over; what it collected before is nowhere. So every segment is whole and is
-handed over once; lost are the episodes that ran when it died.
+handed over once; lost are the episodes that ran when it died. Where there is no place for another worker, the rows are
+dealt out anew to those that are left, and all of them collect the segment again in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from embodied_rl.pipeline.ray_actors import RolloutActors
-from embodied_rl.pipeline.rollout import Intervene, Result, RolloutWorker, in_order
+from embodied_rl.pipeline.episodes import in_order
+from embodied_rl.pipeline.ray_actors import DealtOut, RolloutActors
+from embodied_rl.pipeline.rollout import Intervene, Result, RolloutWorker
 from embodied_rl.pipeline.rollout_actor import Order, Reply, Versioned
 from embodied_rl.pipeline.segment import Memory
 from embodied_rl.pipeline.tickets import RowTickets, TicketCounter
@@ -53,12 +55,11 @@ class RayRolloutWorker:
     def restart(self, tickets: TicketCounter) -> None:
         """Abandon what runs and start fresh episodes in every row, with tickets from `tickets`."""
         self._sources = tickets.rows(self.simulator.num_envs)
-        self._fresh = set(range(len(self.simulator.rows)))
+        self._fresh = set(self.simulator.rows)
 
     def collect(self, decisions: int, version: int) -> Trajectory:
         """See `RolloutWorker.collect`."""
-        call = ("collect", (decisions, version))
-        replies = self._ask([call] * len(self.simulator.rows), self.policy, version)
+        replies = self._ask("collect", lambda _: (decisions, version), self.policy, version)
         for reply in replies:
             rows = self.simulator.rows[reply.worker]
             for mine, theirs in zip(self._sources[rows], reply.sources or (), strict=True):
@@ -69,38 +70,52 @@ class RayRolloutWorker:
 
     def collect_episodes(self, tickets: range, version: int) -> EpisodeBatch:
         """See `RolloutWorker.collect_episodes`."""
-        calls = [("collect_episodes", (share, version)) if share else None for share in self._shares(tickets)]
-        return in_order([self._batch(reply) for reply in self._ask(calls, self.policy, version)])
+        replies = self._ask("collect_episodes", self._share(tickets, lambda its: (its, version)), self.policy, version)
+        return in_order([self._batch(reply) for reply in replies])
 
     def apart(self, policy: Policy, function: Callable[[RolloutWorker, range], Result], tickets: range) -> list[Result]:
         """See `RolloutWorker.apart`; `function` runs where the environments are."""
-        calls = [("apart", (function, share)) if share else None for share in self._shares(tickets)]
-        return [result for reply in self._ask(calls, policy, None) for result in reply.result]
+        replies = self._ask("apart", self._share(tickets, lambda its: (function, its)), policy, None)
+        return [result for reply in replies for result in reply.result]
 
-    def _ask(self, calls: Sequence[Any], policy: Policy, version: int | None) -> list[Reply]:
-        """Let every worker do its (method, arguments), or nothing for None, by the weights of `policy`; None is the
-        version of weights that may change any time."""
+    def _ask(
+        self, method: str, arguments: Callable[[int], tuple[Any, ...] | None], policy: Policy, version: int | None
+    ) -> list[Reply]:
+        """Let every worker do `method` with the `arguments` of its index, or nothing for None, by the weights of
+        `policy`; None is the version of weights that may change any time."""
         structure, weights = self._outgoing.of(policy, version)
 
         def order(index: int) -> Order | None:
-            if calls[index] is None:
+            if (its := arguments(index)) is None:
                 return None
-            method, arguments = calls[index]
             begins = method == "collect" and index in self._fresh
             self._fresh.add(index)  # who is asked a second time is a new worker
             sources = self._sources[self.simulator.rows[index]] if begins else None
-            return Order(structure, weights, method, arguments, sources)
+            return Order(structure, weights, method, its, sources)
 
         lost = self.simulator.lost_episodes
-        replies = self.simulator.ask(order, self.check)
+        while True:
+            try:
+                replies = self.simulator.ask(order, self.check)
+                break
+            except DealtOut:
+                self._fresh = set(self.simulator.rows)
         self.env_steps += sum(reply.env_steps for reply in replies)
         self.lost_episodes += sum(reply.lost_episodes for reply in replies) + self.simulator.lost_episodes - lost
         return replies
 
-    def _shares(self, tickets: range) -> list[range]:
-        """Of each worker; any would do, because what a ticket gives does not depend on who runs it."""
-        workers = len(self.simulator.rows)
-        return [tickets[index::workers] for index in range(workers)]
+    def _share(
+        self, tickets: range, arguments: Callable[[range], tuple[Any, ...]]
+    ) -> Callable[[int], tuple[Any, ...] | None]:
+        """The `arguments` of a worker, by its index, of its share of the tickets, if it gets any. Any share would do,
+        because what a ticket gives does not depend on who runs it."""
+
+        def its(index: int) -> tuple[Any, ...] | None:
+            workers = list(self.simulator.rows)
+            share = tickets[workers.index(index) :: len(workers)]
+            return arguments(share) if share else None
+
+        return its
 
     def _batch(self, reply: Reply) -> Any:
         first = self.simulator.rows[reply.worker].start

@@ -71,6 +71,7 @@ class RolloutActor:
     def __init__(self, index: int, epoch: int, log: Path | None, path: list[str]) -> None:
         sys.path += [folder for folder in path if folder not in sys.path]
         self._name = index, epoch
+        self._simulator: Simulator | None = None
         self._worker: RolloutWorker | None = None
         self._master = self._structure = self._weights = 0
         self._sequence = 0
@@ -85,9 +86,14 @@ class RolloutActor:
     def start(
         self, simulator: Any, groups: int, schedule: ResetSchedule, log_dir: Path | None, device: str
     ) -> tuple[Specs, int, str]:
-        """Start the environments; their specs, and the ids of this process and of its Ray node."""
+        """Start the environments, in place of those that there were; their specs, and the ids of this process and its
+        Ray node."""
         import ray
 
+        if self._simulator is not None:
+            self._simulator.close()
+        self._simulator = self._worker = None  # not two in memory
+        self._structure = 0
         self._device = torch.device(device)
         self._simulator = build_simulator(simulator, groups, schedule, log_dir)
         parts: Sequence[Any] = getattr(self._simulator, "groups", ())
@@ -120,7 +126,7 @@ class RolloutActor:
             pack(result) if isinstance(result, Trajectory | EpisodeBatch) else result,
             worker.env_steps - steps,
             worker.lost_episodes - lost,
-            self._simulator.deaths,
+            worker.simulator.deaths,
             worker.sources if order.method == "collect" else None,
         )
 
@@ -128,6 +134,7 @@ class RolloutActor:
         """The worker, acting by the weights that the order asks for."""
         import ray
 
+        assert self._simulator is not None
         if order.structure.version != self._structure:
             (master, structure, connection, seed), weights = ray.get(order.structure.references)
             if self._worker is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -29,8 +30,6 @@ from embodied_rl.algorithms.base import (
     OnPolicyAlgorithm,
 )
 from embodied_rl.algorithms.cotraining import CoTraining
-from embodied_rl.algorithms.optimization import Differentiation
-from embodied_rl.algorithms.policy_gradient import PolicyGradient
 from embodied_rl.config import DemonstrationsConfig, RunConfig, to_dict
 from embodied_rl.data import lerobot_dataset
 from embodied_rl.data.demonstration_replay import demonstration_replay
@@ -43,7 +42,7 @@ from embodied_rl.data.demonstrations import (
     write,
 )
 from embodied_rl.data.replay_buffer import ReplayBuffer
-from embodied_rl.errors import UserError
+from embodied_rl.errors import LearnerDied, LearnerRaised, UserError
 from embodied_rl.files import write_atomic
 from embodied_rl.pipeline import executor
 from embodied_rl.pipeline.rollout import Intervene, RolloutWorker
@@ -57,14 +56,16 @@ from embodied_rl.training.evaluation import EvaluationResult, run_episodes
 from embodied_rl.training.metrics import MetricLogger, budget
 from embodied_rl.training.on_policy import EpisodeWorkflow, SegmentWorkflow
 from embodied_rl.training.progress import Progress
+from embodied_rl.training.recorded_data import require_fit
 from embodied_rl.training.report import versions, write_report
+from embodied_rl.training.scaling import Scaling
 from embodied_rl.training.streams import Streams
 from embodied_rl.training.trajectories import trajectories, write_trajectories
 from embodied_rl.training.workflows import OfflineWorkflow, OffPolicyWorkflow, Workflow, imitate
 from embodied_rl.types import Observation
 
-if TYPE_CHECKING:
-    from embodied_rl.pipeline.learner_ranks import LearnerRanks
+MAX_LEARNER_DEATHS = 3
+"""That a run survives from one start or resume to its end."""
 
 
 def train(
@@ -111,8 +112,7 @@ class Run:
         self.evaluations: list[EvaluationResult] = []
         self.succeeded = False
         """The development success that ends the run early was reached."""
-        self.learners: LearnerRanks | None = None
-        """Processes that learn in place of this one."""
+        self.learner_deaths = 0
         self.saved = checkpoint.load(newest) if resume and (newest := checkpoint.latest(out / "checkpoints")) else None
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "config.json", json.dumps(to_dict(config), indent=2))
@@ -121,6 +121,8 @@ class Run:
             self.succeeded = self.saved["succeeded"]
             self.phases.update(self.saved["phases"])
             self.evaluations = [EvaluationResult(**fields) for fields in self.saved["evaluations"]]
+        self.earlier = {name: (self.saved or {}).get(name, 0) for name in ("wall_seconds", "deaths", "learner_deaths")}
+        """Of those that this process resumes."""
         self.streams = Streams(
             config.seed,
             config.simulator.num_tasks,
@@ -134,10 +136,9 @@ class Run:
 
     def run(self) -> dict[str, Any]:
         """All phases."""
-        logging = self.config.logging
         with (
             Progress(*budget(self.config)) as self.progress,
-            MetricLogger(self.out, self.config, self.iteration, logging.tensorboard, logging.wandb) as self.logger,
+            self._new_logger() as self.logger,
         ):
             self.progress.phase("start simulators")
             config, logs = self.config, self.out / "logs"
@@ -145,9 +146,14 @@ class Run:
                 executor.start(config.simulator, config.pipeline, self.streams, logs) as self.simulator,
                 ExitStack() as self.resources,
             ):
+                self.scaling = self.resources.enter_context(Scaling(config, self.simulator, self.out))
                 self._build()
                 self.phases["start simulators"] += time.monotonic() - self.started
                 return self._phases()
+
+    def _new_logger(self) -> MetricLogger:
+        logging = self.config.logging
+        return MetricLogger(self.out, self.config, self.iteration, logging.tensorboard, logging.wandb)
 
     def _build(self) -> None:
         self.policy = self._new_policy()
@@ -170,9 +176,7 @@ class Run:
                     self._clone(self.policy, data, self.config.imitation)
             self._evaluate("initial")
         with self._phase("reinforcement learning"):
-            workflow = self._workflow(data)
-            if workflow is not None:
-                self._learn(workflow)
+            self._reinforce(data)
         self._evaluate("final")
         steps, imitation = self.config.training.converged_clone_steps, self.config.imitation
         if data is not None and imitation is not None and steps:
@@ -236,7 +240,7 @@ class Run:
     def _seen(self, episodes: list[DemonstrationEpisode]) -> Observation:
         """What the policy would have seen before every action."""
         seen = observations(episodes, tuple(task.instruction for task in self.simulator.tasks))
-        self._check_recorded(seen, episodes[0].actions.shape[1])
+        require_fit(self.simulator, seen, episodes[0].actions.shape[1])
         return self.connection.observation(seen)
 
     def _chunks(self, episodes: list[DemonstrationEpisode], seen: Observation) -> dict[str, Any]:
@@ -255,31 +259,6 @@ class Run:
         seen = self.connection.observation(observations(self.demonstrations, texts, final=True))
         inputs = {name: column.numpy(force=True) for name, column in self.policy.prepare(seen).items()}
         return demonstration_replay(self.demonstrations, inputs, self.policy.chunk, bool(self.algorithm.config.shaping))
-
-    def _check_recorded(self, seen: Observation, action_dim: int) -> None:
-        """Demonstrations must show what the simulator shows and do what it takes; raises `UserError`."""
-        spec = self.simulator.observation_spec
-        again = "record them with the same task and observation mode"
-        if seen.state.shape[1] != spec.state:
-            raise UserError(
-                f"demonstrations hold states of {seen.state.shape[1]} numbers, the simulator's {spec.state}: {again}"
-            )
-        if action_dim != self.simulator.action_spec.dim:
-            raise UserError(
-                f"demonstrations hold actions of {action_dim} numbers, the simulator takes "
-                f"{self.simulator.action_spec.dim}: {again}"
-            )
-        if missing := sorted(spec.cameras.keys() - seen.images.keys()):
-            raise UserError(f"demonstrations hold no images of {', '.join(missing)}: {again}")
-        for name, camera in spec.cameras.items():
-            height, width = seen.images[name].shape[1:3]
-            if (height, width) != (camera.height, camera.width):
-                raise UserError(
-                    f"demonstrations hold images of {name} of {height} x {width}, the simulator's are "
-                    f"{camera.height} x {camera.width}: {again}"
-                )
-        if seen.task.max() >= len(self.simulator.tasks):
-            raise UserError(f"demonstrations are of more tasks than this run's {len(self.simulator.tasks)}: {again}")
 
     def _collect(self, path: Path, episodes: int, noise: float) -> list[DemonstrationEpisode]:
         demonstrator, streams, seed = self.config.simulator.demonstrator(), self.streams, self.config.seed
@@ -339,41 +318,47 @@ class Run:
             raise UserError(f"algorithm '{type(self.algorithm).__name__}' cannot learn from rollouts: choose another")
         if self.saved:
             self._restore(workflow, self.saved)
-        self._share_learning()
+        self.scaling.begin(self.algorithm)
         if not self.saved:
             self._save(workflow)
         return workflow
 
-    def _share_learning(self) -> None:
-        """Learn in as many processes, and as precisely, as `config.pipeline` says."""
-        pipeline = self.config.pipeline
-        if pipeline.learners == 1 and pipeline.precision == "float32":
-            return
-        if not isinstance(self.algorithm, PolicyGradient):
-            name = type(self.algorithm).__name__
-            raise UserError(f"pipeline.learners and .precision do nothing for {name}: leave them at 1 and float32")
-        if pipeline.learners == 1:
-            self.algorithm.differentiation = Differentiation(getattr(torch, pipeline.precision))
-            return
-        from embodied_rl.pipeline.learner_ranks import LearnerRanks  # torch.distributed, for those who need it
+    def _reinforce(self, data: dict[str, Any] | None) -> None:
+        """The phase of reinforcement learning, whatever happens to learner ranks."""
+        trace = self.out / "trace.json" if self.config.logging.trace else None
+        while True:
+            try:
+                if (workflow := self._workflow(data)) is None:
+                    return
+                with Watch(self.worker, self.algorithm, self.prediction, trace) as watch:
+                    return self._learn(workflow, watch)
+            except LearnerDied as death:
+                self._go_back(death)
 
-        ranks = LearnerRanks(pipeline.learners, self.policy.device, self.out / "logs")
-        self.learners = self.resources.enter_context(ranks)
-        self.learners.take_over(self.algorithm, self.config.policy, self.simulator, self.config.seed, pipeline)
+    def _go_back(self, death: LearnerDied) -> None:
+        """To the last checkpoint, as a run that is resumed does. Raises `death` where that would not help."""
+        newest = checkpoint.latest(self.out / "checkpoints")
+        self.learner_deaths += 1
+        if newest is None or isinstance(death, LearnerRaised) or self.learner_deaths > MAX_LEARNER_DEATHS:
+            raise death
+        print(f"{str(death).partition(';')[0]}: back to {newest}", file=sys.stderr)
+        self.saved = checkpoint.load(newest)
+        self.iteration, self.succeeded = self.saved["iteration"], self.saved["succeeded"]
+        self.logger.close()
+        self.logger = self.resources.enter_context(self._new_logger())
 
-    def _learn(self, workflow: Workflow) -> None:
+    def _learn(self, workflow: Workflow, watch: Watch) -> None:
         """Iterate until the budget is spent or the development success is reached."""
         training = self.config.training
         unit, total = budget(self.config)
         workflow.restart(self.tickets)
-        trace = self.out / "trace.json" if self.config.logging.trace else None
-        watch = self.resources.enter_context(Watch(self.worker, self.algorithm, self.prediction, trace))
-        fresh = True
+        fresh, changed = True, Metrics()
         while not (self.succeeded or self._spent() >= total):
             began, before = time.monotonic(), self._spent()
             number = self.iteration + 1
             evaluates = bool(training.evaluate_every) and number % training.evaluate_every == 0
-            saves = number % training.checkpoint_every == 0
+            changes = self.scaling.due()
+            saves = changes or number % training.checkpoint_every == 0
             metrics = workflow.iterate(border=evaluates or saves)
             self.iteration = number
             seconds = time.monotonic() - began
@@ -387,9 +372,10 @@ class Run:
                     metrics["evaluation/success"] = score.success
                     wanted = training.stop_at_success
                     self.succeeded = wanted is not None and score.success >= wanted
-            self._log(metrics)
+            self._log(metrics | changed | self.scaling.metrics())
             if saves:
                 self._save(workflow)
+            changed = self.scaling.change() if changes else Metrics()
             if evaluates or saves:
                 workflow.restart(self.tickets)
         self._save(workflow)
@@ -404,9 +390,11 @@ class Run:
             "env_steps": self.worker.env_steps,
             budget(self.config)[0]: self._spent(),
             "wall_seconds": self._wall_seconds(),
-            "simulator/deaths": self.simulator.deaths,
+            "simulator/deaths": self._deaths(),
             "simulator/lost_episodes": self.worker.lost_episodes,
         }
+        if self.scaling.learners is not None:
+            counts["learner/deaths"] = self._learner_deaths()
         self.logger.log(counts | metrics)
         self.progress.update(self._spent(), **metrics)
 
@@ -423,23 +411,20 @@ class Run:
         return EvaluationResult.of(name or stream, sorted(episodes, key=lambda episode: episode.ticket))
 
     def _save(self, workflow: Workflow) -> None:
-        if self.learners is None:
-            optimizers = {name: each.state_dict() for name, each in self.algorithm.optimizers().items()}
-        else:
-            optimizers = self.learners.optimizers()
         tree = {
             "iteration": self.iteration,
             "succeeded": self.succeeded,
             "env_steps": self.worker.env_steps,
             "lost_episodes": self.worker.lost_episodes,
-            "deaths": self.simulator.deaths,
+            "deaths": self._deaths(),
+            "learner_deaths": self._learner_deaths(),
             "tickets": self.tickets.state_dict(),
             "phases": dict(self.phases),
             "wall_seconds": self._wall_seconds(),
             "evaluations": [result.to_dict() for result in self.evaluations],
             "policy": self.policy.state_dict(),
             "modules": {name: module.state_dict() for name, module in self.algorithm.modules().items()},
-            "optimizers": optimizers,
+            "optimizers": self.scaling.optimizers(),
             "counters": self.algorithm.counters(),
             "generator": self.generator.get_state(),
             "workflow": workflow.state_dict(),
@@ -475,7 +460,8 @@ class Run:
             "iterations": self.iteration,
             "wall_seconds": self._wall_seconds(),
             "evaluations": [result.to_dict() for result in self.evaluations],
-            "deaths": self.simulator.deaths,
+            "deaths": self._deaths(),
+            "learner_deaths": self._learner_deaths(),
             "lost_episodes": self.worker.lost_episodes,
             "phases": dict(self.phases),
             "versions": versions(),
@@ -483,8 +469,14 @@ class Run:
 
     def _wall_seconds(self) -> float:
         """Of this process and of those it resumes, up to their newest checkpoint."""
-        earlier = self.saved["wall_seconds"] if self.saved else 0.0
-        return earlier + time.monotonic() - self.started
+        return self.earlier["wall_seconds"] + time.monotonic() - self.started
+
+    def _deaths(self) -> int:
+        """Of simulators and rollout workers, likewise."""
+        return self.earlier["deaths"] + self.simulator.deaths
+
+    def _learner_deaths(self) -> int:
+        return self.earlier["learner_deaths"] + self.learner_deaths
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -136,7 +136,8 @@ def learn(
         learner.load_counters(saved["counters"])
         generator.set_state(saved["generator"])
     if ranks is not None:
-        ranks.take_over(learner, policy, specs, 0, pipeline or PipelineConfig(learners=2))
+        ranks.build(learner, policy, specs, 0, pipeline or PipelineConfig(learners=2))
+        ranks.take_over(learner)
     metrics = [learner.learn(batch, generator) for batch in batches]
     states = {name: each.state_dict() for name, each in learner.optimizers().items()}
     tree = {

@@ -94,6 +94,6 @@ def test_a_policy_that_cannot_be_built_elsewhere_is_refused() -> None:
         """Of this function."""
 
     def learning(ranks: LearnerRanks) -> None:
-        ranks.take_over(built(POLICY, PPO), Local(chunk=2), SPECS, 0, PipelineConfig(learners=2))
+        ranks.build(built(POLICY, PPO), Local(chunk=2), SPECS, 0, PipelineConfig(learners=2))
 
     ended(learning, UserError, "cannot be imported by other processes")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from learner_toys import agree, built, episodes, learn, segment
-from training_toys import on_policy
+from training_toys import metrics_of, on_policy
 
 from embodied_rl.algorithms.grpo import GRPOConfig
 from embodied_rl.algorithms.ppo import PPOConfig
@@ -24,6 +24,7 @@ from embodied_rl.pipeline.learner_ranks import LearnerRanks
 from embodied_rl.policies.flow_mlp import FlowMLPConfig
 from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
 from embodied_rl.training import checkpoint
+from embodied_rl.training.metrics import read_metrics
 from embodied_rl.training.run import train
 
 GAUSSIAN = GaussianMLPConfig(chunk=3, hidden=(11, 7), value_hidden=(5,))
@@ -123,28 +124,66 @@ def test_a_checkpoint_goes_from_one_to_two_to_four_ranks_and_back(
         agree(alone, together)
 
 
-def test_a_run_ends_when_a_rank_is_killed_and_goes_on_with_fewer(
+def kill(monkeypatch: pytest.MonkeyPatch, *batches: int) -> None:
+    """A rank, when it is to learn from these, counting from 0."""
+    improve, seen = LearnerRanks._improve, itertools.count()
+
+    def killing(self: LearnerRanks, *batch: Any) -> Any:
+        if next(seen) in batches:
+            os.kill(self.pids[1], signal.SIGKILL)
+        return improve(self, *batch)
+
+    monkeypatch.setattr(LearnerRanks, "_improve", killing)
+
+
+def test_a_run_goes_back_to_its_last_checkpoint_when_a_rank_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = on_policy()
     train(config, tmp_path / "alone")
-    improve = LearnerRanks._improve
-    killed = []
-
-    def killing(self: LearnerRanks, *batch: Any) -> Any:
-        if len(killed) == 3:
-            os.kill(self.pids[1], signal.SIGKILL)
-        killed.append(time.monotonic())
-        return improve(self, *batch)
-
-    monkeypatch.setattr(LearnerRanks, "_improve", killing)
+    kill(monkeypatch, 3)
     shared = dataclasses.replace(config, pipeline=PipelineConfig(learners=2, sharding="fsdp2"))
-    with pytest.raises(LearnerDied, match=r"learner rank 1 of 2 ended \(signal SIGKILL\); resume the run"):
-        train(shared, tmp_path / "shared")
-    assert time.monotonic() - killed[-1] < 30
-    train(config, tmp_path / "shared", resume=True)
+    assert train(shared, tmp_path / "shared")["learner_deaths"] == 1
     for mine, theirs in zip(losses(tmp_path / "alone"), losses(tmp_path / "shared"), strict=True):
         assert theirs == pytest.approx(mine, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_ranks_that_are_killed_change_nothing_that_is_learned(
+    staleness: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = on_policy()
+    algorithm = dataclasses.replace(config.algorithm, staleness=staleness)
+    config = dataclasses.replace(config, algorithm=algorithm, pipeline=PipelineConfig(learners=2))
+    whole = train(config, tmp_path / "whole")
+    kill(monkeypatch, 0, 4, 6)  # the first batch, and the second after a checkpoint twice
+    killed = train(config, tmp_path / "killed")
+    assert killed["learner_deaths"] == 3 and whole["learner_deaths"] == 0
+    assert killed["evaluations"] == whole["evaluations"] and killed["env_steps"] == whole["env_steps"]
+    runs = [metrics_of(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "killed")]
+    told = [[row.pop("learner/deaths") for row in found] for found in runs]
+    assert runs[0] == runs[1] and len(runs[0]) > 4
+    assert told[0] == [0] * len(runs[0]) and told[1] == sorted(told[1]) and told[1][-1] == 3
+    ends = [checkpoint.load(folder) for name in ("whole", "killed") if (folder := newest(tmp_path / name))]
+    for part in ("policy", "optimizers", "tickets", "counters"):
+        torch.testing.assert_close(ends[0][part], ends[1][part], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_run_whose_ranks_die_again_and_again_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill(monkeypatch, *range(1, 100))
+    config = dataclasses.replace(on_policy(), pipeline=PipelineConfig(learners=2))
+    with pytest.raises(LearnerDied, match=r"learner rank 1 of 2 ended \(signal SIGKILL\); resume the run"):
+        train(config, tmp_path / "run")
+    saved = checkpoint.load(newest(tmp_path / "run"))
+    assert (saved["iteration"], saved["learner_deaths"]) == (0, 0)
+
+
+def newest(out: Path) -> Path:
+    found = checkpoint.latest(out / "checkpoints")
+    assert found
+    return found
 
 
 def losses(out: Path) -> list[dict[str, float]]:

@@ -24,7 +24,7 @@ from embodied_rl.algorithms.grpo import DAPOConfig
 from embodied_rl.algorithms.ppo import PPOConfig
 from embodied_rl.config import PipelineConfig
 from embodied_rl.errors import SimulatorDied, UserError
-from embodied_rl.pipeline import ray_actors
+from embodied_rl.pipeline import ray_actor, ray_actors
 from embodied_rl.pipeline.ray_actors import RolloutActors
 from embodied_rl.pipeline.ray_cluster import cluster, reserve
 from embodied_rl.pipeline.ray_rollouts import RayRolloutWorker
@@ -215,7 +215,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_last_words(
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_actors, "LONGEST", 4.0)
-    monkeypatch.setattr(ray_actors, "_BEAT", 0.5)
+    monkeypatch.setattr(ray_actor, "_BEAT", 0.5)
     with actors(2, 1, tmp_path) as simulator:
         far = suffering(simulator, "hangs", 5, tmp_path / "mark")
         far.restart(TicketCounter(0))
