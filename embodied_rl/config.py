@@ -115,6 +115,9 @@ class PipelineConfig:
     """Of a Ray cluster that is running; none starts a private one on this machine, which ends with the run."""
     learners: int = 1
     """Processes that every minibatch is split over, for ppo and grpo; 1 learns in the run's own."""
+    learner_process: bool = False
+    """Learn in a process of its own also where there is one learner: with a staleness, what collects meanwhile has the
+    interpreter to itself, at the price of another copy of the policy."""
     sharding: Literal["none", "fsdp2"] = "none"
     """"none": each learner holds all weights and optimizer states; "fsdp2": its part of them."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -136,6 +139,11 @@ class PipelineConfig:
             )
         if self.sharding != "none" and self.learners == 1:
             raise UserError(f"pipeline: sharding {self.sharding} splits weights over learners: set learners, too")
+
+    @property
+    def learner_ranks(self) -> int:
+        """Processes that learn in place of the run's own."""
+        return self.learners if self.learners > 1 or self.learner_process else 0
 
 
 @dataclass(frozen=True)

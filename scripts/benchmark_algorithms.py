@@ -8,8 +8,8 @@ little; a ratio is the median over the rounds, above 1: how many times faster ou
            256 tanh: environment steps per CPU second, stepping, acting and learning together
     sac    batches of 256 drawn from a replay buffer, observations of 17, actions of 6, actor and two critics each 256 x
            256: updates of everything (critics, actor, temperature, targets) per CPU second
-    two_cores  as "ppo", but ours steps in another process and learns beside collecting (staleness 1), and
-           stable-baselines3 computes in one or in two threads, whichever is faster: on a quiet machine only
+    two_cores  as "ppo", but ours learns in another process, beside collecting (staleness 1), and stable-baselines3
+           computes in one or in two threads, whichever is faster: on a quiet machine only
 
     uv run --group peers python scripts/benchmark_algorithms.py            # two minutes
     uv run --group peers python scripts/benchmark_algorithms.py --smoke    # shows that everything runs

@@ -57,7 +57,7 @@ class Scaling:
         `UserError` when it cannot."""
         self._algorithm, pipeline = algorithm, self.config.pipeline
         self._check(pipeline)
-        ranks = self._ranks(pipeline.learners) if pipeline.learners > 1 else None
+        ranks = self._ranks(pipeline.learner_ranks) if pipeline.learner_ranks else None
         if ranks is not None:
             self._introduce(ranks)
         self._learn_in(ranks)
@@ -79,8 +79,8 @@ class Scaling:
                 self._settle(wanted)
             return False
         try:
-            if wanted.learners not in (now.learners, 1) and self._coming is None:
-                self._coming = self._ranks(wanted.learners)
+            if wanted.learner_ranks not in (now.learner_ranks, 0) and self._coming is None:
+                self._coming = self._ranks(wanted.learner_ranks)
                 self._introduced = self._thread.submit(self._introduce, self._coming)
             ready = self._simulator.prepare(workers) if wanted.executor == "ray" else True
             if self._introduced is not None:
@@ -154,9 +154,12 @@ class Scaling:
 
     def _check(self, pipeline: PipelineConfig) -> None:
         algorithm = self._algorithm
-        if (pipeline.learners, pipeline.precision) != (1, "float32") and not isinstance(algorithm, PolicyGradient):
+        used = (pipeline.learner_ranks, pipeline.precision) != (0, "float32")
+        if used and not isinstance(algorithm, PolicyGradient):
             name = type(algorithm).__name__
-            raise UserError(f"pipeline.learners and .precision do nothing for {name}: leave them at 1 and float32")
+            raise UserError(
+                f"pipeline.learners, .learner_process and .precision do nothing for {name}: leave them as they are"
+            )
 
     def _learn_in(self, ranks: LearnerRanks | None) -> None:
         """Learn in `ranks` from now on, or in this process, from where the algorithm is."""

@@ -44,9 +44,9 @@ def measure(rounds: int, smoke: bool) -> dict[str, Any]:
         return compare("ppo", "steps", sides, floors, rounds)
 
 
-def ours(workers: int | None = None, staleness: int = 0) -> tuple[SegmentWorkflow, Any]:
+def ours(staleness: int = 0) -> tuple[SegmentWorkflow, Any]:
     """What a run does with this configuration, and its simulator."""
-    simulator = GymnasiumConfig(task=TASK, num_envs=ENVS, workers=workers).build(Streams(0, 1, 1, 1))
+    simulator = GymnasiumConfig(task=TASK, num_envs=ENVS, workers=None).build(Streams(0, 1, 1, 1))
     torch.manual_seed(0)
     policy = GaussianMLPConfig().build(simulator.observation_spec, simulator.action_spec)
     assert GaussianMLPConfig().hidden == GaussianMLPConfig().value_hidden == tuple(HIDDEN)

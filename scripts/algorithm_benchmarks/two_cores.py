@@ -8,14 +8,22 @@ import torch
 from algorithm_benchmarks.measuring import Side, race, repeat
 from algorithm_benchmarks.ppo import SEGMENT, ours, stable_baselines3
 
+from embodied_rl.config import PipelineConfig
+from embodied_rl.pipeline.learner_ranks import LearnerRanks
+from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
+from embodied_rl.simulators.worker import Specs
+
 
 def measure(rounds: int, smoke: bool) -> dict[str, Any]:
-    """Environment steps per second: environments in a process of their own and learning beside collecting (staleness
-    1), one thread each; stable-baselines3 with one and with two threads."""
+    """Environment steps per second: learning beside collecting (staleness 1) in a process of its own, one thread each;
+    stable-baselines3 with one and with two threads."""
     iterations = 2 if smoke else 4
     steps = iterations * SEGMENT
-    workflow, simulator = ours(workers=1, staleness=1)
-    with simulator:
+    workflow, simulator = ours(staleness=1)
+    with simulator, LearnerRanks(1, torch.device("cpu")) as learner:
+        specs = Specs(simulator.observation_spec, simulator.action_spec, ())
+        learner.build(workflow.algorithm, GaussianMLPConfig(), specs, 0, PipelineConfig(learner_process=True))
+        learner.take_over(workflow.algorithm)
         model = stable_baselines3()
 
         def peer(threads: int) -> None:

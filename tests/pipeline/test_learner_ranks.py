@@ -148,6 +148,18 @@ def test_a_run_goes_back_to_its_last_checkpoint_when_a_rank_is_killed(
         assert theirs == pytest.approx(mine, rel=1e-3, abs=1e-4)
 
 
+def test_a_learner_in_a_process_of_its_own_learns_the_same_beside_collecting(tmp_path: Path) -> None:
+    config = on_policy()
+    config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, staleness=1))
+    train(config, tmp_path / "beside")
+    train(dataclasses.replace(config, pipeline=PipelineConfig(learner_process=True)), tmp_path / "apart")
+    assert (tmp_path / "apart" / "logs" / "learner-0.log").exists()
+    assert losses(tmp_path / "apart") == losses(tmp_path / "beside")
+    ends = [checkpoint.load(newest(tmp_path / name)) for name in ("beside", "apart")]
+    for part in ("policy", "optimizers", "tickets", "counters"):
+        torch.testing.assert_close(ends[0][part], ends[1][part], rtol=0, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_ranks_that_are_killed_change_nothing_that_is_learned(
@@ -195,7 +207,7 @@ def losses(out: Path) -> list[dict[str, float]]:
 def test_learners_are_for_policy_gradients_and_without_co_training(tmp_path: Path) -> None:
     from training_toys import off_policy
 
-    with pytest.raises(UserError, match=r"pipeline\.learners and \.precision do nothing for FlowActorCritic"):
+    with pytest.raises(UserError, match=r"pipeline\.learners, .* do nothing for FlowActorCritic"):
         train(dataclasses.replace(off_policy(), pipeline=PipelineConfig(learners=2)), tmp_path / "run")
     with pytest.raises(UserError, match="sharding fsdp2 splits weights over learners"):
         PipelineConfig(sharding="fsdp2")
