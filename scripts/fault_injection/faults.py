@@ -85,7 +85,9 @@ class Injector:
         head = self._cluster.head_node.all_processes["raylet"][0].process.pid
         nodes = sorted({worker.parent for worker in workers} - {head})
         node = self._rng.choice(nodes)
-        fault.rows = ENVIRONMENTS * sum(worker.parent == node for worker in workers) // len(workers)
+        theirs = ENVIRONMENTS * sum(worker.parent == node for worker in workers) // len(workers)
+        # Where nobody can take the place of the dead, all rows are dealt out anew.
+        fault.rows = theirs if training.setup.nodes > len(workers) else ENVIRONMENTS
         return self._kill(training, fault, Process(node, 0, "raylet"))
 
     def slow_simulator(self, training: Training, fault: Fault) -> Fault | None:
