@@ -4,6 +4,7 @@ device of their own."""
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,6 +95,12 @@ class Learner(OnPolicyAlgorithm):
         self.optimizer.step()
         time.sleep(max(0.0, until - time.perf_counter()))
         return {"loss": float(loss.detach())}
+
+
+def spent(worker: Any, _: range) -> list[tuple[int, float]]:
+    """`Sleeping.spent` since this was asked for last, wherever the policy acts."""
+    found, worker.policy.spent = worker.policy.spent, []
+    return found
 
 
 def inference_seconds(spent: list[tuple[int, float]]) -> float:

@@ -51,5 +51,7 @@ def test_the_benchmark_of_the_pipeline_runs(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stderr
     found = json.loads(child.stdout.splitlines()[-1])
     assert found == json.loads((tmp_path / "out.json").read_text())
-    assert list(found) == ["local_sync", "local_double_buffered", "local_async"]
-    assert all(0 < share <= 1.02 for share in found.values())
+    ways = ("sync", "double_buffered", "async")
+    modes = [f"{where}_{way}" for where in ("local", "ray", "queue") for way in ways]
+    assert list(found) == [*modes, "vs_ray_queue", "vs_ray_queue_double_buffered"]
+    assert all(0 < found[mode] <= 1.02 for mode in modes)
