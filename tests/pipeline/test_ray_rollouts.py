@@ -25,6 +25,7 @@ from embodied_rl.algorithms.ppo import PPOConfig
 from embodied_rl.config import PipelineConfig
 from embodied_rl.errors import SimulatorDied, UserError
 from embodied_rl.pipeline import ray_actor, ray_actors
+from embodied_rl.pipeline import ray_cluster as ray_cluster_module
 from embodied_rl.pipeline.ray_actors import RolloutActors
 from embodied_rl.pipeline.ray_cluster import cluster, reserve
 from embodied_rl.pipeline.ray_rollouts import RayRolloutWorker
@@ -132,6 +133,35 @@ def test_episodes_of_a_worker_that_dies_are_run_again(two: RolloutActors, tmp_pa
         near = make_worker(simulator)
         same(*(without_rows(worker.collect_episodes(range(100, 112), 0)) for worker in (near, far)))
     assert two.deaths == deaths + 1 and far.lost_episodes > 0
+
+
+@pytest.mark.slow
+def test_without_a_place_for_another_worker_those_that_are_left_have_its_environments(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with in_groups(ENVIRONMENTS) as local, actors(ENVIRONMENTS, 2, tmp_path) as workers:
+        near, far = make_worker(local), suffering(workers, "dies", 14, tmp_path / "mark")
+        far.restart(TicketCounter(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(ray_cluster_module, "there", lambda *_: False)
+            batches = [far.collect(7, version) for version in range(5)]
+        assert (tmp_path / "mark").exists() and workers.rows == {0: slice(0, ENVIRONMENTS)}
+        assert (workers.deaths, far.lost_episodes) == (1, ENVIRONMENTS)
+        assert far.env_steps == sum(int(batch.valid.sum()) for batch in batches)
+        assert all(batch.valid.any(-1).all() for batch in batches), "every segment is whole"
+        tickets = torch.cat([batch.tickets for batch in batches])
+        for row in tickets.T:
+            assert (row.unique_consecutive().diff() >= ENVIRONMENTS).all(), "no ticket runs twice"
+        deadline = time.monotonic() + 240
+        while not workers.prepare(2):
+            assert time.monotonic() < deadline
+            far.collect(1, 5)  # goes on meanwhile
+        workers.scale(2)
+        assert list(workers.rows) == [0, 1] and len(set(workers.pids)) == 2
+        for worker in (near, far):
+            worker.restart(TicketCounter(10**6))
+        same(near.collect(7, 6), far.collect(7, 6))
+        same(*(without_rows(worker.collect_episodes(range(30, 43), 7)) for worker in (near, far)))
 
 
 def test_a_simulator_process_that_dies_next_to_a_worker_is_replaced(two: RolloutActors, tmp_path: Path) -> None:
