@@ -145,6 +145,8 @@ class GroupedRolloutWorker(RolloutWorker):
     def __init__(self, simulator: EnvGroups, policy: Policy, connection: Connection, seed: int) -> None:
         super().__init__(simulator, policy, connection, seed)
         self._groups = [RolloutWorker(group, policy, connection, seed) for group in simulator.groups]
+        # Every group waits for whatever is done between two decisions; one alone is stepped meanwhile.
+        self._beside = ThreadPoolExecutor(1, "segment")
 
     @property
     def groups(self) -> Sequence[RolloutWorker]:

@@ -7,6 +7,7 @@ episode it is, and hence the noise of every decision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -64,6 +65,8 @@ class RolloutWorker:
         self.check: Callable[[], object] = lambda: None
         """Called at every decision of a collection, which ends when this raises."""
         self._memory = Memory()
+        self._beside: Executor | None = None
+        """See `Segment`."""
 
     def restart(self, tickets: Tickets) -> None:
         """Abandon what runs and start fresh episodes in every row, with tickets from `tickets`."""
@@ -155,7 +158,7 @@ class RolloutWorker:
 
     def collect(self, decisions: int, version: int) -> Trajectory:
         """A segment of `decisions` decisions for an on-policy learner, in weights `version`."""
-        segment = Segment(decisions, self.simulator.num_envs, self.policy, self._memory)
+        segment = Segment(decisions, self.simulator.num_envs, self.policy, self._memory, self._beside)
         for group in self.groups:
             group.begin()
         for t in range(decisions):
@@ -164,7 +167,7 @@ class RolloutWorker:
                 step = group.finish()
                 if t + 1 < decisions:
                     group.begin()
-                segment.write(t, rows, step)
+                segment.add(t, rows, step)
         return segment.trajectory(version)
 
     def collect_episodes(self, tickets: range, version: int) -> EpisodeBatch:

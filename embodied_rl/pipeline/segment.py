@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import deque
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1024
 """Rows of which values are computed together."""
+WAITING = 2
+"""Decisions that are not written yet, at most: each holds its images."""
+LONGEST = 600.0
+"""Seconds after which writing a decision is taken for stuck."""
 
 
 class Memory:
@@ -49,7 +55,10 @@ class Memory:
 class Segment:
     """T decisions of N rows, to which each group of rows adds its decisions when they are done."""
 
-    def __init__(self, decisions: int, num_envs: int, policy: Policy, memory: Memory) -> None:
+    def __init__(
+        self, decisions: int, num_envs: int, policy: Policy, memory: Memory, beside: Executor | None = None
+    ) -> None:
+        """`beside`: one thread to write in, so that whoever adds a decision can make the next."""
         self._shape = decisions, num_envs
         self._policy = policy
         self._device = policy.device
@@ -58,10 +67,19 @@ class Segment:
         self._final_value = torch.zeros(self._shape, device=self._device)
         self._last_value = torch.zeros(num_envs, device=self._device)
         self._episodes: list[Episode] = []
+        self._beside = beside
+        self._written: deque[Future[None]] = deque()
+
+    def add(self, t: int, rows: slice, step: Decision) -> None:
+        """Decision `t` of `rows`."""
+        if self._beside is None:
+            return self._write(t, rows, step)
+        self._written.append(self._beside.submit(self._write, t, rows, step))
+        while len(self._written) > WAITING:
+            self._written.popleft().result(LONGEST)
 
     @torch.no_grad()
-    def write(self, t: int, rows: slice, step: Decision) -> None:
-        """Add decision `t` of `rows`."""
+    def _write(self, t: int, rows: slice, step: Decision) -> None:
         sample, result = step.sample, step.result
         names = ("reward", "terminated", "truncated", "valid")
         plain = {name: torch.from_numpy(getattr(result, name)).to(self._device) for name in names}
@@ -87,7 +105,9 @@ class Segment:
 
     @torch.no_grad()
     def trajectory(self, version: int) -> Trajectory:
-        """All that was written, in weights `version`."""
+        """All that was added, in weights `version`."""
+        while self._written:
+            self._written.popleft().result(LONGEST)
         plain: dict[str, Any] = self._parts["plain"]
         if "value" not in plain:
             plain["value"] = self._values()
