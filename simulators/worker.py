@@ -187,6 +187,8 @@ def main(connection: int, memory: int, epoch: int, parent: int) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # asked for before a worker that hangs is killed
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # Whoever wakes this process goes on deciding, rather than being interrupted by it.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if os.getppid() != parent:
         return  # it died before the line above could notice
     channel = Channel(socket.socket(fileno=connection), epoch, deadlines=False)

@@ -165,9 +165,12 @@ class RolloutWorker:
             self.check()
             for group, rows in self._rows():
                 step = group.finish()
+                if self._beside is not None:  # written while the policy decides
+                    segment.add(t, rows, step)
                 if t + 1 < decisions:
                     group.begin()
-                segment.add(t, rows, step)
+                if self._beside is None:  # written while the simulators execute
+                    segment.add(t, rows, step)
         return segment.trajectory(version)
 
     def collect_episodes(self, tickets: range, version: int) -> EpisodeBatch:

@@ -104,6 +104,12 @@ def test_workers_start_at_the_same_time(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
+def test_workers_do_not_interrupt_whoever_wakes_them() -> None:
+    with counters(2, workers=2) as simulator:
+        assert {os.sched_getscheduler(pid) for pid in simulator.pids} == {os.SCHED_BATCH}
+
+
 def test_rows_are_shared_out_unevenly_when_they_must() -> None:
     with counters(5, 3) as simulator:
         simulator.reset(tickets=np.arange(5))
