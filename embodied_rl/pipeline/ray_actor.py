@@ -19,6 +19,8 @@ FETCH = 600.0
 """Seconds that a result gets to come from where it was made."""
 _BEAT = 5.0
 """Seconds between questions whether a rollout worker gets on."""
+SILENCE = 20.0
+"""Seconds without an answer, which comes from a thread of its own, after which a rollout worker is taken for stuck."""
 
 
 class Actor:
@@ -105,7 +107,7 @@ class Actor:
         return self.handle.run.remote(order)
 
     def look_after(self, longest: float) -> None:
-        """Kill it when it has not made a chunk for `longest` seconds."""
+        """Kill it when it has not made a chunk for `longest` seconds, or does not answer."""
         import ray
         from ray.exceptions import RayError
 
@@ -123,6 +125,8 @@ class Actor:
                 return
             if chunks != self._chunks:
                 self._chunks, self.seen = chunks, now
+        elif self._beat is not None and now - self._asked > SILENCE:
+            ray.kill(self.handle)
 
     def end(self) -> None:
         """Make sure that there is no process of it; may be called twice."""

@@ -136,6 +136,7 @@ def kill(monkeypatch: pytest.MonkeyPatch, *batches: int) -> None:
     monkeypatch.setattr(LearnerRanks, "_improve", killing)
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_to_its_last_checkpoint_when_a_rank_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

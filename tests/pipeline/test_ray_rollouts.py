@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -252,6 +253,22 @@ def test_a_worker_that_hangs_is_replaced(ray_cluster: None, tmp_path: Path, monk
         batches = [far.collect(7, version) for version in range(4)]
     assert simulator.deaths == 1 and far.lost_episodes == 2
     assert all(batch.valid.any(-1).all() for batch in batches)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_is_replaced(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_actor, "SILENCE", 3.0)
+    monkeypatch.setattr(ray_actor, "_BEAT", 0.5)
+    with actors(2, 1, tmp_path) as simulator:
+        far = suffering(simulator, "hangs", 10**6, tmp_path / "mark")  # that is, not at all
+        far.restart(TicketCounter(0))
+        far.collect(2, 0)
+        os.kill(simulator.pids[0], signal.SIGSTOP)
+        batch = far.collect(2, 1)
+    assert simulator.deaths == 1 and far.lost_episodes == 2
+    assert batch.valid.any(-1).all()
 
 
 @pytest.mark.slow
