@@ -39,6 +39,10 @@ class OnPolicyWorkflow(ABC):
         self.waiting: deque[Trajectory | EpisodeBatch] = deque()
         self.replica = Replica(algorithm.policy) if algorithm.staleness else None
 
+    @property
+    def pending(self) -> int:
+        return len(self.waiting)
+
     @abstractmethod
     def restart(self, tickets: TicketCounter) -> None:
         """Begin fresh episodes with tickets from `tickets`: at the start and after a border."""

@@ -348,18 +348,19 @@ class Run:
         self.logger = self.resources.enter_context(self._new_logger())
 
     def _learn(self, workflow: Workflow, watch: Watch) -> None:
-        """Iterate until the budget is spent or the development success is reached."""
+        """Iterate until the budget is spent, and all that it was spent on is learned from, or the development success is
+        reached."""
         training = self.config.training
         unit, total = budget(self.config)
         workflow.restart(self.tickets)
         fresh, changed = True, Metrics()
-        while not (self.succeeded or self._spent() >= total):
+        while not self.succeeded and (self._spent() < total or workflow.pending):
             began, before = time.monotonic(), self._spent()
             number = self.iteration + 1
             evaluates = bool(training.evaluate_every) and number % training.evaluate_every == 0
             changes = self.scaling.due()
             saves = changes or number % training.checkpoint_every == 0
-            metrics = workflow.iterate(border=evaluates or saves)
+            metrics = workflow.iterate(border=evaluates or saves or self._spent() >= total)
             self.iteration = number
             seconds = time.monotonic() - began
             metrics[f"time/{unit}_per_second"] = (self._spent() - before) / seconds

@@ -24,6 +24,11 @@ from embodied_rl.types import Episode
 
 
 class Workflow(Protocol):
+    @property
+    def pending(self) -> int:
+        """Batches that were collected and not learned from yet; none after a border."""
+        ...
+
     def restart(self, tickets: TicketCounter) -> None:
         """Begin fresh episodes with tickets from `tickets`: at the start and after a border."""
         ...
@@ -73,6 +78,8 @@ def imitate(
 class OffPolicyWorkflow:
     """While the simulators execute a chunk, the learner updates from the replay buffer; the number of updates per
     decision is fixed, so the result does not depend on who is faster."""
+
+    pending = 0
 
     def __init__(
         self,
@@ -192,6 +199,8 @@ class OffPolicyWorkflow:
 
 class OfflineWorkflow:
     """Updates from recorded decisions alone; no environment is stepped."""
+
+    pending = 0
 
     def __init__(
         self, algorithm: OfflineAlgorithm, replay: ReplayBuffer, generator: torch.Generator, seed: int

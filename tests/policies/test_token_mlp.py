@@ -9,7 +9,7 @@ from torch.distributions import Categorical
 
 from embodied_rl.errors import UserError
 from embodied_rl.policies import check
-from embodied_rl.policies.token_mlp import TokenMLPConfig
+from embodied_rl.policies.token_mlp import TokenMLPConfig, cosines
 from embodied_rl.randomness import RowNoise
 from embodied_rl.registry import policies
 from embodied_rl.specs import ActionSpec, ObservationSpec
@@ -86,7 +86,42 @@ def test_cloning_is_the_mean_cross_entropy_of_the_valid_steps():
         torch.testing.assert_close(loss[row], expected)
 
 
-@pytest.mark.parametrize("wrong", [{"bins": 1}, {"temperature": 0.0}, {"chunk": 4}, {"chunk": 0}])
+@pytest.mark.parametrize("wrong", [{"bins": 1}, {"temperature": 0.0}, {"chunk": 4}, {"chunk": 0}, {"frequencies": 2}])
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(UserError, match="token_mlp: needs"):
         replace(CONFIG, **wrong)
+
+
+@pytest.mark.parametrize("frequencies", [1, 3, 4])
+def test_frequencies_keep_the_contract_and_move_whole_chunks(frequencies):
+    config = replace(CONFIG, horizon=4, chunk=4, bins=201, frequencies=frequencies)
+    check(build(config), fresh=lambda: build(config))
+    policy = build(config)
+    smooth = 0.4 + 0.3 * np.cos(np.pi * (frequencies - 1) / 4 * (np.arange(4) + 0.5))  # no higher frequency in it
+    actions = torch.from_numpy(np.stack([smooth, 0.1 * smooth], 1)[None]).float()
+    tokens = policy.tokens(actions)
+    assert tokens.shape == (1, frequencies * 2)
+    torch.testing.assert_close(
+        policy.actions(tokens) / torch.tensor([1.0, 0.1]), actions / torch.tensor([1.0, 0.1]), rtol=0, atol=0.02
+    )
+    tokens[0, 0] += 10  # of the mean: a twentieth of the range
+    moved = policy.actions(tokens) - policy.actions(policy.tokens(actions))
+    torch.testing.assert_close(moved[0, :, 0], torch.full((4,), 0.1), rtol=0, atol=1e-5)
+
+
+def test_frequencies_are_cosine_transforms():
+    from scipy.fft import dct
+
+    torch.testing.assert_close(cosines(6).double().numpy(), dct(np.eye(6), norm="ortho", axis=0), rtol=0, atol=1e-6)
+
+
+def test_a_chunk_that_ends_early_is_cloned_as_if_its_last_action_were_held():
+    config = replace(CONFIG, horizon=3, chunk=3, frequencies=2)
+    policy, inputs = build(config), {"state": torch.randn(3, 5)}
+    actions = torch.rand(3, 3, 2) * torch.tensor([2.0, 0.1]) - torch.tensor([1.0, 0.0])
+    valid = torch.arange(3) < torch.tensor([3, 1, 0])[:, None]
+    held = actions.clone()
+    held[1] = actions[1, :1]
+    expected = Categorical(logits=policy.logits(inputs)).log_prob(policy.tokens(held)).mean(1).neg()
+    expected[2] = 0
+    torch.testing.assert_close(policy.imitation_loss(inputs, actions, valid), expected)

@@ -212,6 +212,27 @@ def test_a_run_that_broke_goes_on_exactly(
     assert {row["train/staleness"] for row in whole} == {0, 1}
 
 
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_every_batch_that_was_collected_is_learned_from(
+    staleness: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: dict[str, list[int]] = {"collect": [], "_improve": []}
+
+    def note(name: str, call: Any) -> None:
+        def noting(self: Any, *batch: Any) -> Any:
+            result = call(self, *batch)
+            batches[name].append((batch or (result,))[0].version)
+            return result
+
+        monkeypatch.setattr(SegmentWorkflow, name, noting)
+
+    note("collect", SegmentWorkflow.collect)
+    note("_improve", SegmentWorkflow._improve)
+    train(run_with(replace(ASYNC, staleness=staleness), evaluate_every=0, checkpoint_every=4), tmp_path / "run")
+    assert len(batches["collect"]) % 4, "the last ones lie beyond the last checkpoint"
+    assert batches["_improve"] == batches["collect"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm",
