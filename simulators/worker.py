@@ -20,6 +20,7 @@ import struct
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple, cast
@@ -36,6 +37,8 @@ _LONGEST = 2**26
 _PR_SET_PDEATHSIG = 1
 _SOON = 1e-3
 """Seconds."""
+_BEAT = 10.0
+"""Seconds between questions whether the other side still runs."""
 
 
 class Kind(IntEnum):
@@ -76,15 +79,24 @@ class Message(NamedTuple):
 class Channel:
     """Messages over a stream socket, every wait with a deadline."""
 
-    def __init__(self, connection: socket.socket, epoch: int, *, deadlines: bool = True, eager: bool = False) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        epoch: int,
+        *,
+        deadlines: bool = True,
+        eager: bool = False,
+        runs: Callable[[], bool] = lambda: True,
+    ) -> None:
         """`deadlines` only where one is given to every call; without, waiting is one system call. `eager` to stay awake
         for a message when the last one came within `_SOON`: going to sleep and waking up takes as long as what a cheap
-        simulator does."""
+        simulator does. `runs`, asked now and then in a long wait: whether the other side does anything."""
         self._socket = connection
         self._socket.setblocking(not deadlines)
         self._poll = select.poll()
         self._epoch = epoch
         self._eager = eager
+        self._runs = runs
         self._soon = False  # whether the last message came within `_SOON`
 
     def send(self, message: Message, timeout: float | None) -> None:
@@ -108,7 +120,8 @@ class Channel:
                 self._wait(select.POLLOUT, deadline)
 
     def receive(self, deadline: float | None) -> Message:
-        """The next message. Raises TimeoutError after `deadline` (`time.monotonic`), EOFError or another OSError when
+        """The next message. Raises TimeoutError after `deadline` (`time.monotonic`) or when the other side does nothing
+        any more, EOFError or another OSError when
         the other side is gone, ProtocolError when what came is no message of this epoch."""
         header = self._read(_HEADER.size, deadline)
         magic, epoch, sequence, kind, buffer, every, chunk, length = _HEADER.unpack(header)
@@ -140,11 +153,16 @@ class Channel:
         return bytes(parts)
 
     def _wait(self, event: int, deadline: float | None) -> None:
-        """Sleep until the socket is ready for `event`; raises TimeoutError when it is not before `deadline`."""
+        """Sleep until the socket is ready for `event`; raises TimeoutError when it is not before `deadline`, or the
+        other side has fallen asleep."""
         assert deadline is not None  # without deadlines the socket itself waits
         self._poll.register(self._socket, event)
-        if not self._poll.poll(max(math.ceil(1e3 * (deadline - time.monotonic())), 1)):
-            raise TimeoutError
+        while True:
+            left = deadline - time.monotonic()
+            if self._poll.poll(max(math.ceil(1e3 * min(left, _BEAT)), 1)):
+                return
+            if left <= _BEAT or not self._runs():
+                raise TimeoutError
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class _Process:
 
     popen: subprocess.Popen[bytes]
     channel: Channel
+    built: bool = False
 
 
 class WorkerProcess:
@@ -117,7 +118,8 @@ class WorkerProcess:
             raise UserError(f"the simulator's interpreter {self._python} cannot be started: {error}") from error
         finally:
             theirs.close()
-        self._process = _Process(popen, Channel(ours, self._epoch, eager=self._eager))
+        self._process = _Process(popen, Channel(ours, self._epoch, eager=self._eager, runs=self._runs))
+        self._pulse = Pulse(popen.pid)
 
     def send(self, message: Message, timeout: float) -> None:
         """A dead worker is noticed by `answer`."""
@@ -136,11 +138,12 @@ class WorkerProcess:
             if message.sequence > sequence or message.kind not in (Kind.DONE, Kind.ERROR):
                 raise ProtocolError(f"{message.kind.name} number {message.sequence}")
         except TimeoutError:
-            raise WorkerHangs("did not answer in time") from None
+            raise WorkerHangs("did not answer in time, or stood still") from None
         except (EOFError, OSError):
             raise WorkerDied("ended") from None
         except ProtocolError as error:
             raise WorkerDied(f"does not keep to the protocol ({error})") from None
+        self._process.built = True
         return checked(message, self._name)
 
     def kill(self, death: WorkerDied) -> None:
@@ -173,6 +176,10 @@ class WorkerProcess:
         end = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         return f"{self._name} {self._death} ({end}); its last output:\n{self.tail() or '(none)'}"
 
+    def _runs(self) -> bool:
+        """Whether an answer may still come. While a simulator is built it may wait for others, as for a lock."""
+        return self._process is None or not self._process.built or self._pulse()
+
     def _end(self) -> None:
         if self._process is None:
             return
@@ -181,6 +188,28 @@ class WorkerProcess:
         self.exit_code = self._process.popen.wait()
         self._process.channel.close()
         self._process = None
+
+
+class Pulse:
+    """Asked twice, whether a process, or any of its session, has run in between; where there is no /proc to tell, it
+    has. A simulator that computes or polls runs; one that was stopped, or waits for itself, does not."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._seen = 0
+
+    def __call__(self) -> bool:
+        before, self._seen = self._seen, self._nanoseconds()
+        return self._seen != before or self._seen == 0
+
+    def _nanoseconds(self) -> int:
+        """On a processor, of all threads."""
+        total = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # ended just now
+                if int(stat.read_text().rpartition(")")[2].split()[3]) == self._pid:
+                    total += sum(int(task.read_text().split()[0]) for task in stat.parent.glob("task/*/schedstat"))
+        return total
 
 
 class _Spawner:

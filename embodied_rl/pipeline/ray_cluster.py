@@ -8,10 +8,11 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from embodied_rl.errors import UserError
+from embodied_rl.pipeline.ray_guard import guarded
 
 ATTEMPTS = 3
 """Ray allows its parts 30 seconds each to start, which a crowded machine may need more often than once."""
@@ -43,9 +44,17 @@ def cluster(address: str | None) -> Iterator[None]:
         return
     _connect(ray, address)
     try:
-        yield
+        with nullcontext() if address else guarded(_node()):
+            yield
     finally:
         ray.shutdown()
+
+
+def _node() -> Any:
+    """Ray's own handle of what it started here."""
+    from ray._private import worker
+
+    return worker._global_node
 
 
 def _connect(ray: Any, address: str | None) -> None:

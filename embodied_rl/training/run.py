@@ -348,8 +348,7 @@ class Run:
         self.logger = self.resources.enter_context(self._new_logger())
 
     def _learn(self, workflow: Workflow, watch: Watch) -> None:
-        """Iterate until the budget is spent, and all that it was spent on is learned from, or the development success is
-        reached."""
+        """Iterate until the budget is spent and learned from, or the development success is reached."""
         training = self.config.training
         unit, total = budget(self.config)
         workflow.restart(self.tickets)

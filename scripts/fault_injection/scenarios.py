@@ -14,8 +14,6 @@ RAY = Setup("ray", _RAY)
 RAY_ASYNC = Setup("ray, staleness 1", f"{_RAY} {_ASYNCHRONOUS}")
 
 SMALL_SHARED_MEMORY = Setup("ray, a small /dev/shm", _RAY, small_shared_memory=True)
-IMPATIENT = Setup("local, deadline 10 s", _LEARNERS, deadline=10.0)
-IMPATIENT_RAY = Setup("ray, deadline 10 s", _RAY, deadline=10.0)
 ROOM = Setup("ray, a node to spare", _RAY, nodes=3)
 NO_ROOM = Setup("ray, no node to spare", _RAY, nodes=2)
 
@@ -26,11 +24,11 @@ SCENARIOS: list[tuple[Setup, list[str]]] = [
     (ROOM, ["node"]),
     (SMALL_SHARED_MEMORY, ["shared_memory", "shared_memory"]),
     (RAY_ASYNC, ["driver", "slow_rollout_worker", "driver"]),
-    (IMPATIENT, ["stopped_simulator", "stopped_learner_rank"]),
+    (LOCAL, ["stopped_simulator", "stopped_learner_rank"]),
     (NO_ROOM, ["node"]),
     (LOCAL_ASYNC, ["simulator", "learner_rank", "simulator", "driver"]),
     (RAY, ["driver", "slow_simulator", "slow_rollout_worker"]),
-    (IMPATIENT_RAY, ["stopped_rollout_worker"]),
+    (RAY, ["stopped_rollout_worker"]),
     (RAY_ASYNC, ["rollout_worker", "simulator", "rollout_worker", "driver"]),
     (LOCAL, ["simulator", "driver", "simulator"]),
 ]

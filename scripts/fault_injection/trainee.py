@@ -1,8 +1,7 @@
 """The command line `embodied-rl`, which besides writes down what every batch that it learns from consists of.
 
 FAULTS_LEARNED names the file: a line per batch with its number, the version of the weights that collected it, a digest,
-{ticket: decisions} and {ticket: length of the episode that ended}. With FAULTS_DEADLINE, a process that says nothing
-for so many seconds is taken for dead, rather than after the minutes that are otherwise allowed.
+{ticket: decisions} and {ticket: length of the episode that ended}.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ import torch
 from embodied_rl import cli
 from embodied_rl.algorithms.grpo import GRPO
 from embodied_rl.algorithms.ppo import PPO
-from embodied_rl.pipeline import ray_actors
-from embodied_rl.simulators.workers import WorkerSimulator
 
 
 def main() -> int:
@@ -29,10 +26,6 @@ def main() -> int:
         file.write("\n")  # ends a line that a kill cut off
     for algorithm in (PPO, GRPO):
         _observe(algorithm, path)
-    if deadline := float(os.environ.get("FAULTS_DEADLINE", 0)):
-        ray_actors.LONGEST = deadline
-        assert WorkerSimulator.__init__.__kwdefaults__
-        WorkerSimulator.__init__.__kwdefaults__["timeout"] = deadline
     return cli.main()
 
 

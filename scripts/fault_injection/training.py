@@ -41,8 +41,6 @@ class Setup:
     """Of the Ray cluster, each with one processor; 0 for none but the training's own."""
     small_shared_memory: bool = False
     """/dev/shm is a small one that no other process sees."""
-    deadline: float = 0.0
-    """See trainee.py."""
 
     @property
     def arguments(self) -> list[str]:
@@ -60,8 +58,6 @@ class Training:
         self.out, self.learned, self.log = folder / "run", folder / "learned.jsonl", folder / "output.log"
         folder.mkdir(parents=True)
         self._environment = os.environ | {MARK: mark, "FAULTS_LEARNED": str(self.learned)}
-        if setup.deadline:
-            self._environment["FAULTS_DEADLINE"] = str(setup.deadline)
         place = [] if address is None else ["--pipeline.ray-address", address]
         self._start(["train", *setup.arguments, *place, "--seed", str(seed), "--out", str(self.out)])
 

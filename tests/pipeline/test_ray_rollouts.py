@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import training_toys
 from pipeline_toys import in_groups, make_worker, same
 from ray_toys import STREAMS, Suffering, actors, on_ray, ray_worker
 from training_toys import metrics_of, on_policy
@@ -293,46 +290,6 @@ def test_a_run_on_ray_that_broke_goes_on_exactly(
     whole, broken = (metrics_of(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "broken"))
     assert len(whole) > 3 and whole == broken
     assert {row["train/staleness"] for row in whole} == {0, 1}
-
-
-ALONE = """
-import sys, training_toys
-from dataclasses import replace
-from pathlib import Path
-from embodied_rl.config import PipelineConfig
-from embodied_rl.training.run import train
-config = replace(training_toys.on_policy(env_steps=10**7), pipeline=PipelineConfig(executor="ray"))
-train(config, Path(sys.argv[1]))
-"""
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_leaves_no_process_of_its_private_cluster(tmp_path: Path) -> None:
-    def mine() -> list[str]:
-        """Command lines of processes that have the environment of the run."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            try:
-                if folder.name.isdigit() and f"RUN_OF={tmp_path}".encode() in (folder / "environ").read_bytes():
-                    found.append((folder / "cmdline").read_text().replace("\0", " ")[:100])
-            except OSError:  # it ended meanwhile
-                continue
-        return found
-
-    environment = os.environ | {"PYTHONPATH": str(Path(training_toys.__file__).parent), "RUN_OF": str(tmp_path)}
-    out, deadline = tmp_path / "run", time.monotonic() + 240
-    with subprocess.Popen([sys.executable, "-c", ALONE, str(out)], env=environment) as run:
-        try:
-            while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
-                assert run.poll() is None and time.monotonic() < deadline
-                time.sleep(0.5)
-            assert any("gcs_server" in command for command in mine())
-        finally:
-            run.kill()
-    deadline = time.monotonic() + 60  # the agents of Ray look around every few seconds
-    while (left := mine()) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not left
 
 
 def test_nothing_imports_ray_before_it_is_asked_for() -> None:

@@ -139,6 +139,9 @@ class Faulty(Counter):
                 os._exit(3)
             case "hang":
                 time.sleep(600)
+            case "poll":
+                for _ in range(30):
+                    time.sleep(0.1)
             case "garble":
                 for descriptor in range(3, 64):
                     try:

@@ -18,6 +18,7 @@ import pytest
 from simulator_toys import Counter, assert_same
 
 from embodied_rl.errors import SimulatorDied, UserError
+from embodied_rl.simulators import worker
 from embodied_rl.simulators.base import WAIT
 from embodied_rl.simulators.reset_schedule import RandomSchedule
 from embodied_rl.simulators.worker import Channel, Kind, Message
@@ -149,6 +150,19 @@ def test_a_worker_that_hangs_is_killed_and_tells_where(faults: Callable[..., Fau
     check_lost(it.simulator.step(ACTIONS), [True, True, False, False], [0, 1, 2, 3])
     log = (it.log_dir / "worker-0.log").read_text()
     assert "most recent call first" in log and "in misbehave" in log
+
+
+@pytest.mark.parametrize(("do", "dead"), [("hang", True), ("poll", False)])
+def test_a_worker_that_stands_still_is_not_waited_for(
+    faults: Callable[..., Faults], monkeypatch: pytest.MonkeyPatch, do: str, dead: bool
+) -> None:
+    monkeypatch.setattr(worker, "_BEAT", 0.5)
+    it = faults()
+    it.simulator.reset(tickets=np.arange(4))
+    it.order(do, ticket=0)
+    began = time.monotonic()
+    check_lost(it.simulator.step(ACTIONS), [dead, dead, False, False], [0, 1, 2, 3])
+    assert time.monotonic() - began < 30, "half of the timeout"
 
 
 def test_both_workers_dead_between_calls(faults: Callable[..., Faults]) -> None:
