@@ -95,22 +95,16 @@ def write_frame(frame: Frame, rows: int | slice | np.ndarray, values: Mapping[st
         raise ValueError(f"observe() gave {sorted(values)} where observation_spec has {sorted(frame)}")
     if isinstance(rows, np.ndarray) and len(rows) == rows[-1] + 1 - rows[0]:
         rows = slice(rows[0], rows[-1] + 1)  # twice as fast as an array of indices
-    batch = _batch(rows)
     for name, value in values.items():
         target = frame[name]
-        shape = batch + target.shape[1:]
-        if value.shape != shape or value.dtype != target.dtype:
+        # Views; an array of indices would copy.
+        place = target[: len(rows)] if isinstance(rows, np.ndarray) else target[rows]
+        if value.shape != place.shape or value.dtype != place.dtype:
             raise ValueError(
                 f"observe() gave '{name}' as {value.dtype} {list(value.shape)} where observation_spec has "
-                f"{target.dtype} {list(shape)}"
+                f"{place.dtype} {list(place.shape)}"
             )
         target[rows] = value
-
-
-def _batch(rows: int | slice | np.ndarray) -> tuple[int, ...]:
-    if isinstance(rows, slice):
-        return (int(rows.stop - rows.start),)
-    return (len(rows),) if isinstance(rows, np.ndarray) else ()
 
 
 class Ledger:

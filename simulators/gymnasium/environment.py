@@ -39,6 +39,7 @@ class GymnasiumEnvironment(Environment):
             raise UserError(f"Gymnasium task '{task}' registers no time limit; set max_steps")
         self._max_steps, self._steps = int(limit), 0
         self.action_spec = action_spec(task, self._env.action_space)
+        self._space = self._env.action_space  # wrappers look for it one below the other
         names = tuple(state_names(task, self._env.observation_space)) if self._has_state else ()
         # A throw-away step: which key of `info`, if any, tells about success, and how large the frames are.
         self._observed, _ = self._env.reset(seed=0)
@@ -82,9 +83,11 @@ class GymnasiumEnvironment(Environment):
 
     def _action(self, action: np.ndarray) -> Any:
         """What the environment wants for float32 [A]."""
-        space = self._env.action_space
+        space = self._space
         if self.action_spec.choices:
             return int(np.rint(action[0])) + int(space.start)
+        if action.shape == space.shape and action.dtype == space.dtype:
+            return action
         return action.reshape(space.shape).astype(space.dtype, copy=False)
 
     def _frame(self) -> np.ndarray:
