@@ -13,8 +13,8 @@ segment, whose images the learner checks; the policy and its gradients are torch
     local_double_buffered   two groups that take turns; collect, then learn
     local_async             two groups; learning from a segment while the next one is collected (staleness 1)
     ray_...                 the same in a rollout worker on Ray: a segment is one call
-    queue_...               the same loop in this process, but every order to a simulator and every answer, images and
-                            all, goes through a ray.util.queue: what a central channel costs
+    queue_...               the same loop in this process, but every order to a simulator, every answer, images and all,
+                            and every segment goes through a ray.util.queue: what central channels cost
 
 A number is ideal / achieved seconds per iteration, the median over the repetitions, in which the modes take turns.
 Ideal is the closed formula of pipeline_benchmarks/ideal.py from the nominal costs of simulating and learning and the
@@ -89,7 +89,7 @@ def side(where: str, groups: int, staleness: int) -> Iterator[Callable[[int], Ro
     import torch
     from pipeline_benchmarks.ideal import iteration
     from pipeline_benchmarks.learned import Learner, Sleeping, inference_seconds, spent
-    from pipeline_benchmarks.queued import QueuedSimulator
+    from pipeline_benchmarks.queued import QueuedSimulator, QueuedWorkflow
     from pipeline_benchmarks.simulated import SimulatedConfig
 
     from embodied_rl.config import PipelineConfig
@@ -112,7 +112,8 @@ def side(where: str, groups: int, staleness: int) -> Iterator[Callable[[int], Ro
         policy = Sleeping(seen, told, *INFER)
         connection = connect(seen, told, policy.observation_spec, policy.action_spec)
         worker = executor.collector(simulator, policy, connection, seed=0)
-        workflow = SegmentWorkflow(worker, Learner(policy, staleness, LEARN), DECISIONS, torch.Generator())
+        loop = QueuedWorkflow if where == "queue" else SegmentWorkflow
+        workflow = loop(worker, Learner(policy, staleness, LEARN), DECISIONS, torch.Generator())
         acting = workflow.replica.policy if workflow.replica else policy
 
         def run(iterations: int) -> Round:

@@ -1,16 +1,20 @@
-"""The same simulator behind central channels: actions go to its actor, and everything it observes comes back, through a
-`ray.util.queue`, which is an actor of its own."""
+"""The same simulator and the same loop with central channels: actions go to the simulator's actor, what it observes
+comes back, and segments go to the learner, through one `ray.util.queue` each, which is an actor of its own."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from pipeline_benchmarks.simulated import Simulated
 
+from embodied_rl.algorithms.base import Metrics
+from embodied_rl.pipeline.transfer import pack, unpack
 from embodied_rl.simulators.base import ResetSchedule, Simulator
 from embodied_rl.simulators.chunk import BatchedSimulator
+from embodied_rl.training.on_policy import SegmentWorkflow
 from embodied_rl.types import ChunkResult, Observation
 
 PATIENCE = 120.0
@@ -66,3 +70,22 @@ class QueuedSimulator(Simulator):
         ray.kill(self._host)
         self._orders.shutdown()
         self._answers.shutdown()
+
+
+class QueuedWorkflow(SegmentWorkflow):
+    """Learns from segments that come through a queue."""
+
+    def __init__(self, *arguments: Any) -> None:
+        from ray.util.queue import Queue
+
+        super().__init__(*arguments)
+        self._segments = Queue(actor_options=_SHARE)
+
+    def collect(self) -> Any:
+        """What stands for a segment that is on its way."""
+        segment = super().collect()
+        self._segments.put(pack(segment), timeout=PATIENCE)
+        return replace(segment, inputs={}, trace={})
+
+    def _improve(self, batch: Any) -> Metrics:
+        return super()._improve(unpack(self._segments.get(timeout=PATIENCE)))
