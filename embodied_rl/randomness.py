@@ -6,11 +6,15 @@ batch it is computed in, the number of workers or the executor.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+Draw = Callable[[np.random.Generator, np.ndarray], object]
+"""Fills an array [X] from a stream."""
 
 
 class _Generators(threading.local):
@@ -35,10 +39,11 @@ class RowNoise:
         """With `copies` > 1 there are B * copies rows, the copies of a row next to each other, all different; the first
         is what it is without copies."""
         self._key = seed, tickets, decisions
-        self._philox, self._generator = _generators.mine
-        self._draws: list[Callable[[], Any]] = []
-        """So far; the first one is repeated when there is a second, because reading a state takes as long as drawing,
-        and many policies draw once."""
+        self._first: Callable[[np.random.Generator], object] | None = None
+        """The first draw of a row, repeated when there is a second: reading a state takes as long as drawing, and many
+        policies draw once."""
+        self._again = False
+        """There was a second."""
         self._states = [
             _fresh(seed, ticket, decision, copy)
             for ticket, decision in zip(tickets.tolist(), decisions.tolist(), strict=True)
@@ -54,27 +59,39 @@ class RowNoise:
 
     def normal(self, *shape: int) -> np.ndarray:
         """Standard normal float32 [B,*shape]."""
-        return self._drawn(np.float32, shape, lambda: self._generator.standard_normal(shape, dtype=np.float32))
+        return self._drawn(np.float32, shape, lambda stream, row: stream.standard_normal(dtype=np.float32, out=row))
 
     def uniform(self, *shape: int) -> np.ndarray:
         """Uniform float32 [B,*shape] in [0, 1)."""
-        return self._drawn(np.float32, shape, lambda: self._generator.random(shape, dtype=np.float32))
+        return self._drawn(np.float32, shape, lambda stream, row: stream.random(dtype=np.float32, out=row))
 
     def integers(self, high: int, *shape: int) -> np.ndarray:
         """Uniform int64 [B,*shape] in [0, high)."""
-        return self._drawn(np.int64, shape, lambda: self._generator.integers(high, size=shape, dtype=np.int64))
 
-    def _drawn(self, kind: type, shape: tuple[int, ...], draw: Callable[[], Any]) -> np.ndarray:
-        drawn = np.empty((len(self), *shape), kind)
-        self._draws.append(draw)
-        for row, state in enumerate(self._states):
-            self._philox.state = state
-            if len(self._draws) == 2:
-                self._draws[0]()
-            drawn[row] = draw()
-            if len(self._draws) > 1:
-                self._states[row] = self._philox.state
-        return drawn
+        def draw(stream: np.random.Generator, row: np.ndarray) -> None:
+            row[...] = stream.integers(high, size=row.shape, dtype=np.int64)
+
+        return self._drawn(np.int64, shape, draw)
+
+    def _drawn(self, kind: type, shape: tuple[int, ...], draw: Draw) -> np.ndarray:
+        """[B,*shape] that `draw` fills, row by row."""
+        philox, stream = _generators.mine
+        drawn = np.empty((len(self), math.prod(shape)), kind)
+        if self._first is None:
+            forgotten = np.empty(drawn.shape[1], kind)
+            self._first = lambda stream: draw(stream, forgotten)
+            for row, state in zip(drawn, self._states, strict=True):
+                philox.state = state
+                draw(stream, row)
+            return drawn.reshape(len(self), *shape)
+        for index, state in enumerate(self._states):
+            philox.state = state
+            if not self._again:
+                self._first(stream)
+            draw(stream, drawn[index])
+            self._states[index] = philox.state
+        self._again = True
+        return drawn.reshape(len(self), *shape)
 
 
 def _fresh(seed: int, ticket: int, decision: int, copy: int) -> Any:
