@@ -29,7 +29,10 @@ def overlapped() -> RunConfig:
 def test_a_run_measures_its_stages_and_writes_a_trace_of_them(tmp_path: Path) -> None:
     train(overlapped(), tmp_path, prediction=Prediction(1e-3))
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    for row in rows:
+    *collected, learned_last = rows  # the last batch is learned from when the budget of steps is used up
+    assert all(learned_last[f"time/{name}"] == 0 for name in SHARES if name != "learning")
+    assert 0 < learned_last["time/learning"] <= 1.001
+    for row in collected:
         assert all(0 < row[f"time/{name}"] <= 1.001 for name in SHARES)
         assert row["time/deciding"] + row["time/waiting"] <= 1.001
     assert "time/iteration_expected" not in rows[0]  # it fills what overlaps
