@@ -19,7 +19,8 @@ from embodied_rl.types import ChunkResult, Observation
 
 PATIENCE = 120.0
 """Seconds to wait for a message."""
-_SHARE: dict[str, Any] = {"num_cpus": 0.1}
+_SHARE: dict[str, Any] = {"num_cpus": 0.01}
+"""Of the machine that Ray reserves for an actor: all modes have theirs at once, and what does not fit is waited for."""
 
 
 class Host:
