@@ -181,7 +181,7 @@ recipes = Registry(
         "quickstart_grpo": "embodied_rl.recipes.quickstart:quickstart_grpo",
         "quickstart_ppo": "embodied_rl.recipes.quickstart:quickstart_ppo",
         "quickstart_reinforce": "embodied_rl.recipes.quickstart:quickstart_reinforce",
-        "quickstart_token_grpo": "embodied_rl.recipes.quickstart:quickstart_token_grpo",
+        "quickstart_token_reinforce": "embodied_rl.recipes.quickstart:quickstart_token_reinforce",
         "small_vla_grpo": "embodied_rl.recipes.small_vla:small_vla_grpo",
         "small_vla_ppo": "embodied_rl.recipes.small_vla:small_vla_ppo",
     },

@@ -59,7 +59,7 @@ def main() -> None:
 def compare(case: str, settings: list[Setting], iterations: int) -> dict[str, Any]:
     """Predict and run the `settings` of a case."""
     from embodied_rl.planner import events, placement
-    from embodied_rl.planner.plan import costs_table, here
+    from embodied_rl.planner.plan import costs_table
     from embodied_rl.planner.profile import profile
 
     config = CASES[case]()
@@ -70,12 +70,12 @@ def compare(case: str, settings: list[Setting], iterations: int) -> dict[str, An
         work = replace(profiled.work, rows=envs, learned=None)
         cpu = placement.Placement(range(0), range(0), range(0), groups, staleness)
         each = placement.seconds(work, cpu)
-        expected, _ = events.simulate(work.decisions, cpu, each, profiled.cores, profiled.variation, iterations=20)
+        expected, *_ = events.simulate(work.decisions, cpu, each, profiled.cores, profiled.variation, iterations=20)
         seconds = run(config, envs, groups, staleness, iterations)
         measured[envs, groups, staleness] = seconds
         error = errors[f"{envs}_{groups}_{staleness}"] = round(seconds / expected - 1, 3)
         print(f"{'':4}{envs:12} {groups:6} {staleness:9} {expected:7.3f} s {seconds:6.3f} s {error:+6.1%}", flush=True)
-    pick = here(profiled, staleness=1)[0].placement
+    pick = profiled.plans(staleness=1)[0].placement
     whole = {setting: seconds for setting, seconds in measured.items() if setting[0] == config.simulator.num_envs}
     picked = whole.get((config.simulator.num_envs, pick.groups, pick.staleness))
     loss = round(picked / min(whole.values()) - 1, 3) if picked else None  # not measured in a smoke run

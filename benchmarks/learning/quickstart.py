@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-RECIPES = tuple(f"quickstart_{name}" for name in ("grpo", "dapo", "reinforce", "token_grpo", "dsrl"))
+RECIPES = tuple(f"quickstart_{name}" for name in ("grpo", "dapo", "reinforce", "token_reinforce", "dsrl"))
 RESULTS = Path(__file__).parents[1] / "results" / "quickstart_algorithms.json"
 LIMIT = 3600
 """Seconds; a run that takes longer has failed."""
@@ -50,10 +50,10 @@ def main() -> None:
     print(json.dumps({name: numbers["gain"] for name, numbers in runs.items()}))
 
 
-def run(recipe: str, seed: int, out: Path) -> dict[str, Any]:
+def run(recipe: str, seed: int, out: Path, *settings: str) -> dict[str, Any]:
     """One run; success is [rate, lower, upper] with a 95 % interval."""
     command = [sys.executable, "-m", "embodied_rl.cli", "train", recipe, "--seed", str(seed), "--out", str(out)]
-    cpu_seconds = cost(command)
+    cpu_seconds = cost([*command, *settings])
     result = json.loads((out / "result.json").read_text())
     evaluations = {each["name"]: each for each in result["evaluations"]}
     initial, final = ([evaluations[name][key] for key in ("success", "low", "high")] for name in ("initial", "final"))

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,6 +36,7 @@ class Call:
 
     def __init__(self, stage: str, seconds: float, needs: dict[str, float]) -> None:
         self.stage, self.left, self.needs = stage, seconds, needs
+        self.began = 0.0
 
 
 Process = Generator[Call, None, None]
@@ -49,11 +52,14 @@ class Clock:
         self.now = 0.0
         self.busy: dict[str, float] = defaultdict(float)
         """Seconds in which at least one call of a stage ran."""
+        self.lasted: dict[str, list[float]] = defaultdict(list)
+        """Seconds that each call of a stage took."""
         self._running: list[Call] = []
         self._waiting: dict[Call, list[Process]] = defaultdict(list)
 
     def start(self, call: Call) -> Call:
         """A call that runs from now on."""
+        call.began = self.now
         self._running.append(call)
         return call
 
@@ -89,6 +95,7 @@ class Clock:
                 (ended if over else going).append(call)
             self._running = going
             for call in ended:
+                self.lasted[call.stage].append(self.now - call.began)
                 for process in self._waiting.pop(call, ()):
                     self._resume(process)
 
@@ -99,6 +106,16 @@ class Clock:
                 return
 
 
+class Iteration(NamedTuple):
+    """A typical one."""
+
+    seconds: float
+    busy: dict[str, float]
+    """Share of them in which each stage is busy."""
+    calls: dict[str, float]
+    """Seconds from begin to end of a call of each stage."""
+
+
 def simulate(
     decisions: int,
     placement: Placement,
@@ -107,9 +124,8 @@ def simulate(
     variation: Variation | None = None,
     iterations: int = 4,
     seed: int = 0,
-) -> tuple[float, dict[str, float]]:
-    """(Seconds of an iteration, share of them in which each stage is busy), the mean of `iterations` after the first
-    ones. Without a `variation` everything takes what `each` says."""
+) -> Iteration:
+    """The mean of `iterations` after the first ones. Without a `variation` everything takes what `each` says."""
     vary, rng = variation or Variation(), np.random.default_rng(seed)
     pools = _pools(placement, each, cores)
     clock = Clock(cores)
@@ -168,7 +184,8 @@ def simulate(
     (began, before), (ended, after) = marks[-1 - iterations], marks[-1]
     lasted = ended - began
     shares = {stage: (after[stage] - before.get(stage, 0.0)) / lasted for stage in after if stage}
-    return lasted / iterations, shares
+    calls = {stage: fmean(seconds) for stage, seconds in clock.lasted.items() if stage}
+    return Iteration(lasted / iterations, shares, calls)
 
 
 def _pools(placement: Placement, each: Seconds, cores: float | None) -> Callable[[str, int], dict[str, float]]:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from embodied_rl.config import RunConfig
 from embodied_rl.planner.costs import Cost, Memory
-from embodied_rl.planner.prediction import Prediction
 from embodied_rl.planner.profile import Profile, profile
+from embodied_rl.planner.replanning import Replanning, describe, placed
 from embodied_rl.planner.search import Machine, Plan, search
 from embodied_rl.training import dry_run, memory
 
@@ -19,12 +19,6 @@ BUSY = 0.5
 """Load per core from which on other work disturbs."""
 SHOWN = 10
 """Plans in a table."""
-
-
-def here(found: Profile, staleness: int) -> list[Plan]:
-    """What this machine can run now, in one process beside its simulators' processes."""
-    machine = Machine(devices=0 if found.device.type == "cpu" else 1, cores=found.cores)
-    return search(found.work, machine, found.groups, staleness, found.variation)
 
 
 def elsewhere(config: RunConfig, found: Profile, devices: int, limit: float, staleness: int) -> list[Plan]:
@@ -48,20 +42,15 @@ def needed(config: RunConfig, found: Profile) -> Memory:
     return Memory(infer=acting, train=acting + memory.learning(dry_run.trained(algorithm)) + kept)
 
 
-def choose(config: RunConfig) -> tuple[RunConfig, Prediction, str]:
+def choose(config: RunConfig) -> tuple[RunConfig, Replanning, str]:
     """`config` with the best plan for this machine, what that should bring, and what it is in words. It learns from
     older weights only as far as the configuration allows it to."""
-    algorithm = config.algorithm
-    allowed = getattr(algorithm, "staleness", 0)
+    allowed = getattr(config.algorithm, "staleness", 0)
     found = profile(config, beside=allowed > 0)
-    plan = here(found, allowed)[0]
-    groups, staleness = plan.placement.groups, plan.placement.staleness
-    chosen = replace(config, pipeline=replace(config.pipeline, env_groups=groups))
-    if staleness != allowed and algorithm is not None:
-        chosen = replace(chosen, algorithm=replace(algorithm, staleness=staleness))
-    rate = found.steps / plan.seconds
-    text = f"env_groups {groups}, staleness {staleness}: {plan.seconds:.2f} s per iteration, {rate:,.0f} env steps/s"
-    return chosen, Prediction(plan.seconds), f"placement {text} expected, as {plan.reason}{_busy(found)}"
+    replanning = Replanning(found, allowed)
+    plan = replanning.plan
+    text = f"{describe(plan)}, {found.steps / plan.seconds:,.0f} env steps/s expected, as {plan.reason}{_busy(found)}"
+    return placed(config, plan.placement), replanning, text
 
 
 def costs_table(found: Profile) -> str:
@@ -139,7 +128,7 @@ def plan(config: RunConfig, devices: int | None = None, memory_gb: float | None 
     allowed = 0 if known is None else max(1, known)
     found = profile(config, beside=allowed > 0)
     if devices is None:
-        head, plans = "plans for this machine", here(found, allowed)
+        head, plans = "plans for this machine", found.plans(allowed)
     else:
         plans = elsewhere(config, found, devices, memory_gb * 1e9 if memory_gb else math.inf, allowed)
         size = f" of {memory_gb:g} GB" if memory_gb else ""

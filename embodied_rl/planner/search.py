@@ -37,6 +37,8 @@ class Plan:
     """Of an iteration."""
     busy: dict[str, float]
     """Share of the time in which a stage (simulate, infer, record, train, sync, switch) works."""
+    calls: dict[str, float]
+    """Seconds that one call of a stage takes."""
     reason: str
     """What its speed is limited by."""
 
@@ -64,8 +66,8 @@ def search(
         raise refused
     plans = []
     for *_, placement, each in sorted(bounds, key=lambda bound: bound[:3])[:FOLLOWED]:
-        lasts, busy = events.simulate(work.decisions, placement, each, machine.cores, variation)
-        plans.append(Plan(placement, lasts, busy, reason(placement, each, busy)))
+        found = events.simulate(work.decisions, placement, each, machine.cores, variation)
+        plans.append(Plan(placement, *found, reason(placement, each, found.busy)))
     plans.sort(key=lambda plan: plan.seconds)
     near = [plan for plan in plans if plan.seconds <= plans[0].seconds * (1 + TIE)]
     near.sort(key=lambda plan: (plan.placement.staleness, plan.placement.groups))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from statistics import fmean
 from typing import Any, NamedTuple
 
 SHARES = {"simulate": "simulating", "infer": "deciding", "wait": "waiting", "train": "learning"}
 """What metrics call the stages: a group's simulators execute a chunk, until somebody comes for it; the policy decides;
 the rollout worker waits for simulators; the learner learns."""
+
+
+NOTICED = 1e-4
+"""Seconds of a wait for a chunk that was not there yet."""
 
 
 class Span(NamedTuple):
@@ -113,6 +118,25 @@ class Timeline:
 
     def _add(self, stage: str, track: str, start: Moment, end: Moment) -> None:
         self.spans.append(Span(stage, track, start[0], end[0] - start[0], end[1] - start[1]))
+
+
+def calls(spans: Sequence[Span]) -> dict[str, float]:
+    """Seconds of a call of each stage. How long a chunk takes that nobody waited for is not known: of simulators that
+    most chunks are not waited for nothing is said."""
+    waited = {round(_end(span), 6) for span in spans if span.stage == "wait" and span.seconds > NOTICED}
+    chunks = [span for span in spans if span.stage == "simulate"]
+    timed = [chunk.seconds for chunk in chunks if round(_end(chunk), 6) in waited]
+    learned = [span.seconds for span in spans if span.stage == "train"]
+    found = {"train": fmean(learned)} if learned else {}
+    if chunks:  # a decision is made in two parts
+        found["infer"] = sum(span.seconds for span in spans if span.stage == "infer") / len(chunks)
+    if 2 * len(timed) > len(chunks):
+        found["simulate"] = fmean(timed)
+    return found
+
+
+def _end(span: Span) -> float:
+    return span.start + span.seconds
 
 
 Moment = tuple[float, float]

@@ -10,7 +10,7 @@ from typing import Any
 
 from embodied_rl.errors import UserError
 from embodied_rl.planner.prediction import Prediction
-from embodied_rl.planner.timeline import SHARES, Timeline
+from embodied_rl.planner.timeline import SHARES, Timeline, calls
 
 
 class Watch:
@@ -34,14 +34,15 @@ class Watch:
         overlaps. Shares of it in which the simulators had something to do (mean of the groups), the policy decided,
         the rollout worker waited for simulators and the learner learned."""
         began = time.perf_counter() - seconds
+        spans = [span for span in self.timeline.spans if span.start >= began]  # earlier ones: of an evaluation
         totals = dict.fromkeys(SHARES, 0.0)
-        for span in self.timeline.spans:
-            if span.start >= began and span.stage in totals:  # earlier ones: of an evaluation
+        for span in spans:
+            if span.stage in totals:
                 totals[span.stage] += span.seconds
         totals["simulate"] /= self._simulators
         self._write()
         metrics = {f"time/{SHARES[stage]}": total / seconds for stage, total in totals.items()}
-        return metrics | (self.prediction.compare(seconds) if self.prediction and steady else {})
+        return metrics | (self.prediction.compare(seconds, calls(spans)) if self.prediction and steady else {})
 
     def _write(self) -> None:
         """Add the spans to the trace and forget them."""

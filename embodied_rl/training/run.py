@@ -21,14 +21,7 @@ from typing import Any
 
 import torch
 
-from embodied_rl.algorithms.base import (
-    EpisodicAlgorithm,
-    ImitationAlgorithm,
-    Metrics,
-    OfflineAlgorithm,
-    OffPolicyAlgorithm,
-    OnPolicyAlgorithm,
-)
+from embodied_rl.algorithms.base import ImitationAlgorithm, Metrics, OfflineAlgorithm
 from embodied_rl.algorithms.cotraining import CoTraining
 from embodied_rl.config import DemonstrationsConfig, RunConfig, to_dict
 from embodied_rl.data import lerobot_dataset
@@ -48,20 +41,22 @@ from embodied_rl.pipeline import executor
 from embodied_rl.pipeline.rollout import Intervene, RolloutWorker
 from embodied_rl.pipeline.tickets import TicketCounter
 from embodied_rl.planner.prediction import Prediction
+from embodied_rl.planner.replanning import describe, placed
+from embodied_rl.planner.search import Plan
 from embodied_rl.planner.watch import Watch
 from embodied_rl.specs import connect
-from embodied_rl.training import checkpoint
+from embodied_rl.training import checkpoint, families
 from embodied_rl.training.demonstrations import demonstrate
 from embodied_rl.training.evaluation import EvaluationResult, run_episodes
 from embodied_rl.training.metrics import MetricLogger, budget
-from embodied_rl.training.on_policy import EpisodeWorkflow, SegmentWorkflow
 from embodied_rl.training.progress import Progress
 from embodied_rl.training.recorded_data import require_fit
-from embodied_rl.training.report import versions, write_report
+from embodied_rl.training.report import write_report
+from embodied_rl.training.result import summary
 from embodied_rl.training.scaling import Scaling
 from embodied_rl.training.streams import Streams
 from embodied_rl.training.trajectories import trajectories, write_trajectories
-from embodied_rl.training.workflows import OfflineWorkflow, OffPolicyWorkflow, Workflow, imitate
+from embodied_rl.training.workflows import Workflow, imitate
 from embodied_rl.types import Observation
 
 MAX_LEARNER_DEATHS = 3
@@ -138,18 +133,23 @@ class Run:
         """All phases."""
         with (
             Progress(*budget(self.config)) as self.progress,
-            self._new_logger() as self.logger,
+            ExitStack() as self.loggers,
+            ExitStack() as self.processes,
         ):
+            self.logger = self.loggers.enter_context(self._new_logger())
             self.progress.phase("start simulators")
-            config, logs = self.config, self.out / "logs"
-            with (
-                executor.start(config.simulator, config.pipeline, self.streams, logs) as self.simulator,
-                ExitStack() as self.resources,
-            ):
-                self.scaling = self.resources.enter_context(Scaling(config, self.simulator, self.out))
-                self._build()
-                self.phases["start simulators"] += time.monotonic() - self.started
-                return self._phases()
+            self._start(self.started)
+            self.phases["start simulators"] += self.start_seconds
+            return self._phases()
+
+    def _start(self, began: float) -> None:
+        """What steps the environments and what learns, since `began`."""
+        config, logs = self.config, self.out / "logs"
+        simulator = executor.start(config.simulator, config.pipeline, self.streams, logs)
+        self.simulator = self.processes.enter_context(simulator)
+        self.scaling = self.processes.enter_context(Scaling(config, self.simulator, self.out))
+        self._build()
+        self.start_seconds = time.monotonic() - began
 
     def _new_logger(self) -> MetricLogger:
         logging = self.config.logging
@@ -187,7 +187,7 @@ class Run:
         with self._phase("record trajectories"):
             shown = self.worker.apart(self.policy, trajectories, self.streams.episodes("test")[:4])
             write_trajectories(chain.from_iterable(shown), self.out / "rollout.json")
-        result = self._result()
+        result = summary(self.config, self.evaluations, self._counts())
         write_atomic(self.out / "result.json", json.dumps(result, indent=2))
         write_report(self.out)
         return result
@@ -288,7 +288,7 @@ class Run:
 
     def _workflow(self, data: dict[str, Any] | None) -> Workflow | None:
         """The loop that the algorithm's family asks for, restored when the run is resumed."""
-        config, decisions = self.config, self.config.training.decisions_per_iteration
+        config = self.config
         if config.algorithm is None:
             return None
         self.algorithm = config.algorithm.build(self.policy, config.seed)
@@ -296,26 +296,9 @@ class Run:
         second = config.cotraining
         if self.second is not None and second is not None and second.beta:
             self.algorithm.cotrain(CoTraining(self.policy, self.second, second.beta, second.batch_size, config.seed))
-        workflow: Workflow
-        collects = isinstance(self.algorithm, OnPolicyAlgorithm | EpisodicAlgorithm)
-        if config.pipeline.executor != "local" and not collects:
-            raise UserError(f"pipeline.executor ray does not serve {type(self.algorithm).__name__}: leave it at local")
-        if config.pipeline.env_groups > 1 and not collects:
-            raise UserError(f"pipeline.env_groups does nothing for {type(self.algorithm).__name__}: leave it at 1")
-        if isinstance(self.algorithm, OnPolicyAlgorithm):
-            workflow = SegmentWorkflow(self.worker, self.algorithm, decisions, self.generator)
-        elif isinstance(self.algorithm, EpisodicAlgorithm):
-            workflow = EpisodeWorkflow(self.worker, self.algorithm, self.generator)
-        elif isinstance(self.algorithm, OffPolicyAlgorithm):
-            assert isinstance(self.worker, RolloutWorker)
-            known = self._decisions() if self.algorithm.demonstrations == "decisions" else data
-            workflow = OffPolicyWorkflow(
-                self.worker, self.algorithm, decisions, self.generator, config.seed, known, self.out
-            )
-        elif isinstance(self.algorithm, OfflineAlgorithm):
-            workflow = OfflineWorkflow(self.algorithm, self._decisions(), self.generator, config.seed)
-        else:
-            raise UserError(f"algorithm '{type(self.algorithm).__name__}' cannot learn from rollouts: choose another")
+        workflow = families.workflow(
+            config, self.algorithm, self.worker, self.generator, data, self._decisions, self.out
+        )
         if self.saved:
             self._restore(workflow, self.saved)
         self.scaling.begin(self.algorithm)
@@ -324,16 +307,41 @@ class Run:
         return workflow
 
     def _reinforce(self, data: dict[str, Any] | None) -> None:
-        """The phase of reinforcement learning, whatever happens to learner ranks."""
+        """The phase of reinforcement learning, whatever happens to learner ranks, by one plan after the other."""
         trace = self.out / "trace.json" if self.config.logging.trace else None
+        plan: Plan | None = None
         while True:
             try:
+                changed = self._move(plan) if plan else Metrics()
                 if (workflow := self._workflow(data)) is None:
                     return
                 with Watch(self.worker, self.algorithm, self.prediction, trace) as watch:
-                    return self._learn(workflow, watch)
+                    plan = self._learn(workflow, watch, changed)
+                if plan is None:
+                    return
             except LearnerDied as death:
+                plan = None
                 self._go_back(death)
+
+    def _better_plan(self, iterations: float) -> Plan | None:
+        """To go over to, with so many iterations left."""
+        return self.prediction.better(iterations, self.start_seconds) if self.prediction else None
+
+    def _move(self, plan: Plan) -> Metrics:
+        """Go over to `plan` at a border that was saved, as a run does that is resumed with other settings."""
+        began = time.monotonic()
+        assert self.prediction is not None
+        print(f"going over to {describe(plan)} expected", file=sys.stderr)
+        self.prediction.follow(plan)
+        self.config = placed(self.scaling.config, plan.placement)
+        write_atomic(self.out / "config.json", json.dumps(to_dict(self.config), indent=2))
+        self.earlier["deaths"] += self.simulator.deaths
+        self.processes.close()
+        self._start(began)
+        newest = checkpoint.latest(self.out / "checkpoints")
+        assert newest is not None
+        self._load(newest)
+        return {"time/move": time.monotonic() - began}
 
     def _go_back(self, death: LearnerDied) -> None:
         """To the last checkpoint, as a run that is resumed does. Raises `death` where that would not help."""
@@ -342,27 +350,33 @@ class Run:
         if newest is None or isinstance(death, LearnerRaised) or self.learner_deaths > MAX_LEARNER_DEATHS:
             raise death
         print(f"{str(death).partition(';')[0]}: back to {newest}", file=sys.stderr)
+        self._load(newest)
+        self.logger.close()
+        self.logger = self.loggers.enter_context(self._new_logger())
+
+    def _load(self, newest: Path) -> None:
         self.saved = checkpoint.load(newest)
         self.iteration, self.succeeded = self.saved["iteration"], self.saved["succeeded"]
-        self.logger.close()
-        self.logger = self.resources.enter_context(self._new_logger())
 
-    def _learn(self, workflow: Workflow, watch: Watch) -> None:
-        """Iterate until the budget is spent and learned from, or the development success is reached."""
+    def _learn(self, workflow: Workflow, watch: Watch, changed: Metrics) -> Plan | None:
+        """Iterate until the budget is spent and learned from, or the development success is reached, or until there is
+        a plan to go over to. `changed`: metrics of what happened before."""
         training = self.config.training
         unit, total = budget(self.config)
         workflow.restart(self.tickets)
-        fresh, changed = True, Metrics()
+        fresh, steps = True, 0
         while not self.succeeded and (self._spent() < total or workflow.pending):
             began, before = time.monotonic(), self._spent()
             number = self.iteration + 1
             evaluates = bool(training.evaluate_every) and number % training.evaluate_every == 0
             changes = self.scaling.due()
-            saves = changes or number % training.checkpoint_every == 0
+            plan = self._better_plan((total - before) / steps) if steps else None
+            saves = changes or plan is not None or number % training.checkpoint_every == 0
             metrics = workflow.iterate(border=evaluates or saves or self._spent() >= total)
             self.iteration = number
             seconds = time.monotonic() - began
-            metrics[f"time/{unit}_per_second"] = (self._spent() - before) / seconds
+            steps = self._spent() - before
+            metrics[f"time/{unit}_per_second"] = steps / seconds
             metrics |= watch.iteration(seconds, steady=not (fresh or evaluates or saves))
             fresh = evaluates or saves
             if evaluates:
@@ -376,9 +390,12 @@ class Run:
             if saves:
                 self._save(workflow)
             changed = self.scaling.change() if changes else Metrics()
+            if plan is not None and self._spent() < total:
+                return plan
             if evaluates or saves:
                 workflow.restart(self.tickets)
         self._save(workflow)
+        return None
 
     def _spent(self) -> int:
         """Of the run's budget."""
@@ -447,24 +464,15 @@ class Run:
         self.generator.set_state(saved["generator"])
         workflow.load_state_dict(saved["workflow"])
 
-    def _result(self) -> dict[str, Any]:
-        success = {result.name: result.success for result in self.evaluations}
+    def _counts(self) -> dict[str, Any]:
         return {
-            "recipe": self.config.recipe,
-            "seed": self.config.seed,
-            "initial_success": success["initial"],
-            "final_success": success["final"],
-            "converged_clone_success": success.get("converged_clone"),
-            "evaluation_episodes": self.config.evaluation.episodes,
             "env_steps": self.worker.env_steps,
             "iterations": self.iteration,
             "wall_seconds": self._wall_seconds(),
-            "evaluations": [result.to_dict() for result in self.evaluations],
             "deaths": self._deaths(),
             "learner_deaths": self._learner_deaths(),
             "lost_episodes": self.worker.lost_episodes,
             "phases": dict(self.phases),
-            "versions": versions(),
         }
 
     def _wall_seconds(self) -> float:

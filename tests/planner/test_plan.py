@@ -14,7 +14,7 @@ from embodied_rl.cli import main
 from embodied_rl.config import PipelineConfig, RunConfig
 from embodied_rl.errors import UserError
 from embodied_rl.planner import plan as planning
-from embodied_rl.planner.plan import choose, elsewhere, here
+from embodied_rl.planner.plan import choose, elsewhere
 from embodied_rl.planner.prediction import WINDOW, Prediction
 from embodied_rl.planner.profile import Profile, profile
 
@@ -50,10 +50,10 @@ def test_a_profile_measures_three_sizes_and_counts_what_an_iteration_holds(profi
 
 
 def test_plans_for_this_machine_are_its_groups_and_the_staleness_that_is_allowed(profiled: Profile) -> None:
-    plans = here(profiled, staleness=1)
+    plans = profiled.plans(staleness=1)
     found = {(plan.placement.groups, plan.placement.staleness) for plan in plans}
     assert found == {(1, 0), (2, 0), (1, 1), (2, 1)}
-    assert {plan.placement.staleness for plan in here(profiled, staleness=0)} == {0}
+    assert {plan.placement.staleness for plan in profiled.plans(staleness=0)} == {0}
     assert {plan.placement.mode for plan in plans} == {"cpu"}
     serial = next(plan for plan in plans if (plan.placement.groups, plan.placement.staleness) == (1, 0))
     sample = profiled.samples[-1]
@@ -64,7 +64,7 @@ def test_plans_for_this_machine_are_its_groups_and_the_staleness_that_is_allowed
 def test_an_interpreter_that_two_threads_share_slows_what_overlaps(profiled: Profile) -> None:
     work = replace(profiled.work, costs=replace(profiled.work.costs, overlap=1.0))
     fast, slow = (
-        here(replace(profiled, work=replace(work, costs=replace(work.costs, overlap=times)), cores=8), staleness=1)
+        replace(profiled, work=replace(work, costs=replace(work.costs, overlap=times)), cores=8).plans(staleness=1)
         for times in (1.0, 2.0)
     )
     seconds = [{plan.placement: plan.seconds for plan in plans} for plans in (fast, slow)]
@@ -83,7 +83,7 @@ def test_the_best_plan_becomes_the_configuration(profiled: Profile, monkeypatch:
     monkeypatch.setattr(planning, "profile", lambda config, beside: profiled)
     config = toy()
     chosen, prediction, why = choose(config)
-    best = here(profiled, staleness=0)[0]
+    best = profiled.plans(staleness=0)[0]
     assert chosen == replace(config, pipeline=replace(config.pipeline, env_groups=best.placement.groups))
     assert prediction.seconds == best.seconds
     assert f"env_groups {best.placement.groups}, staleness 0" in why
@@ -138,11 +138,11 @@ def test_whole_episodes_are_profiled_as_they_are_collected() -> None:
 def test_a_prediction_is_compared_and_warns_once(capsys: pytest.CaptureFixture[str]) -> None:
     prediction = Prediction(2.0)
     for _ in range(WINDOW):
-        metrics = prediction.compare(2.1)
+        metrics = prediction.compare(2.1, {})
     assert metrics["time/expectation_error"] == pytest.approx(0.05)
     assert capsys.readouterr().err == ""
     for _ in range(2 * WINDOW):
-        metrics: dict[str, Any] = prediction.compare(3.0)
+        metrics: dict[str, Any] = prediction.compare(3.0, {})
     assert metrics == {
         "time/iteration": 3.0,
         "time/iteration_expected": 2.0,

@@ -65,7 +65,7 @@ def test_events_without_chance_take_what_the_formulas_say(
         placement = replace(placement, groups=groups, staleness=staleness)
         if groups > 1 and placement is not CPU and placement.simulate:
             placement = replace(placement, simulate=range(10, 10 + groups))
-        found, busy = events.simulate(decisions, placement, each)
+        found, busy, _ = events.simulate(decisions, placement, each)
         assert found == pytest.approx(formulas.iteration(decisions, placement, each))
         assert all(0 <= share <= 1 + 1e-9 for share in busy.values())
 
@@ -79,7 +79,7 @@ def test_the_formulas_are_a_lower_bound_where_stages_share_devices_or_cores(
     shared = Placement(one, one, one, groups, staleness)
     for placement, cores, sharing in ((shared, None, groups), (replace(CPU, groups=groups), 1.5, 1)):
         each = Seconds(*lasting, 0.0, sharing, ONE)
-        found, _ = events.simulate(decisions, placement, each, cores)
+        found, *_ = events.simulate(decisions, placement, each, cores)
         bound = formulas.iteration(decisions, placement, each, cores)
         simulate, infer, record, train, sync = lasting
         alone = decisions * groups * (simulate + infer + record) + train + sync
