@@ -19,8 +19,8 @@ from embodied_rl.planner.prediction import WINDOW, Prediction
 from embodied_rl.planner.profile import Profile
 from embodied_rl.planner.search import Plan
 
-GAIN = 0.1
-"""Share of an iteration that another plan must save: predictions are not better than that."""
+GAIN = 0.05
+"""Share of an iteration that another plan must save: less is noise."""
 PAYS = 2.0
 """How many times the seconds of going over to it another plan must save in what is left of the run."""
 
