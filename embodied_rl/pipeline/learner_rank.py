@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils import _pytree as pytree
 
 from embodied_rl.algorithms.cotraining import CoTraining
+from embodied_rl.algorithms.optimization import Differentiation
 from embodied_rl.algorithms.policy_gradient import Batch, PolicyGradient, select, tree_map
 from embodied_rl.config import component_from_dict
 from embodied_rl.errors import UserError
@@ -133,8 +134,10 @@ class Rank:
             for optimizer in algorithm.optimizers().values():
                 replace_parameters(optimizer, names, policy)
             algorithm.differentiation = FullyShardedDataParallel(self._precision, policy)
-        else:
+        elif dist.get_world_size() > 1:
             algorithm.differentiation = DataParallel(self._precision)
+        else:
+            algorithm.differentiation = Differentiation(self._precision)
         for name, optimizer in algorithm.optimizers().items():
             load_optimizer(optimizer, optimizers[name])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -230,7 +231,7 @@ class _Stages:
         found = [self._once(workflow, generator) for _ in range(REPETITIONS)]
         if self.beside and worker.simulator.num_envs == self.config.simulator.num_envs:
             self.both = median(self._at_once(workflow, generator) for _ in range(REPETITIONS))
-        return sorted(found, key=lambda sample: sample.simulate.seconds + sample.infer.seconds)[REPETITIONS // 2]
+        return _typical(found)
 
     def _at_once(self, workflow: Any, generator: torch.Generator) -> float:
         replica = Replica(self.policy)
@@ -275,6 +276,16 @@ class _Stages:
             steps=worker.env_steps - before,
             spread=float(np.std(chunks) / np.mean(chunks)),
         )
+
+
+def _typical(samples: list[Sample]) -> Sample:
+    """The middle one of every stage."""
+
+    def middle(of: Callable[[Sample], float]) -> Sample:
+        return sorted(samples, key=of)[len(samples) // 2]
+
+    collected = middle(lambda sample: sample.simulate.seconds + sample.infer.seconds)
+    return collected._replace(train=middle(lambda sample: sample.train.seconds).train)
 
 
 def _overlap(sample: Sample, stage: _Stages, cores: int) -> float:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interruption import interrupted_and_whole
 from test_off_policy import small
-from training_toys import metrics_of, on_policy
+from training_toys import on_policy
 
 from embodied_rl.algorithms.imitation import ImitationConfig
 from embodied_rl.config import CoTrainingConfig, RunConfig, from_dict, override, to_dict
@@ -21,7 +22,7 @@ from embodied_rl.specs import ActionSpec, ObservationSpec
 from embodied_rl.training import checkpoint
 from embodied_rl.training.demonstrations import collect
 from embodied_rl.training.metrics import read_metrics
-from embodied_rl.training.run import Run, train
+from embodied_rl.training.run import train
 from embodied_rl.training.workflows import imitate
 
 
@@ -38,22 +39,8 @@ def cotrained(path: Path, **settings: Any) -> RunConfig:
 
 def test_an_interrupted_run_goes_on_exactly(second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = cotrained(second, beta=0.5, batch_size=8)
-    whole = train(config, tmp_path / "whole")
-    log = Run._log
-
-    def stopping_log(self: Run, metrics: Any) -> None:
-        log(self, metrics)
-        if self.iteration == 3:  # past the checkpoint of iteration 2
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_log", stopping_log)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "resumed")
-    resumed = train(config, tmp_path / "resumed", resume=True)
-    rows = [metrics_of(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "resumed")]
-    assert rows[0] == rows[1] and resumed["evaluations"] == whole["evaluations"]
-    assert rows[0][-1]["loss/cotraining_loss"] > 0
+    _, rows = interrupted_and_whole(config, tmp_path, monkeypatch)
+    assert rows[-1]["loss/cotraining_loss"] > 0
 
 
 def test_statistics_are_those_of_the_mixture_that_is_cloned(second: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from training_toys import metrics_of, off_policy
+from interruption import interrupted_and_whole
+from training_toys import off_policy
 
 from embodied_rl.algorithms.sac import SACConfig
 from embodied_rl.config import EvaluationConfig, RunConfig
@@ -17,7 +18,7 @@ from embodied_rl.policies.squashed_gaussian import SquashedGaussianMLPConfig
 from embodied_rl.training import checkpoint
 from embodied_rl.training.evaluation import evaluate_run
 from embodied_rl.training.metrics import read_metrics
-from embodied_rl.training.run import Run, train
+from embodied_rl.training.run import train
 
 LEARNING: dict[str, Any] = {
     "critic_hidden": (32, 32),
@@ -60,23 +61,8 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("recipe", [rlpd, pytest.param(crossq, marks=SLOW), pytest.param(dsrl, marks=SLOW)])
 def test_an_interrupted_run_goes_on_exactly(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = recipe()
-    whole = train(config, tmp_path / "whole")
-    log = Run._log
-
-    def stopping_log(self: Run, metrics: Any) -> None:
-        log(self, metrics)
-        if self.iteration == 3:  # past the checkpoint of iteration 2
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_log", stopping_log)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "resumed")
-    resumed = train(config, tmp_path / "resumed", resume=True)
-    rows = [metrics_of(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "resumed")]
-    assert rows[0] == rows[1]
-    assert "loss/critic_loss" in rows[0][-1] and resumed["evaluations"] == whole["evaluations"]
+    _, rows = interrupted_and_whole(recipe(), tmp_path, monkeypatch)
+    assert "loss/critic_loss" in rows[-1]
 
 
 @SLOW

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from interruption import interrupted_and_whole
 from reach import LIMIT, Reach
-from training_toys import ReachDemonstrator, metrics_of, off_policy
+from training_toys import ReachDemonstrator, off_policy
 
 from embodied_rl.algorithms.iql import IQLConfig
 from embodied_rl.config import DemonstrationsConfig, EvaluationConfig, RunConfig, TrainingConfig
@@ -18,8 +19,7 @@ from embodied_rl.errors import UserError
 from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
 from embodied_rl.simulators.base import InitialState
 from embodied_rl.training.dry_run import dry_run
-from embodied_rl.training.metrics import read_metrics
-from embodied_rl.training.run import Run, train
+from embodied_rl.training.run import train
 
 
 def record(path: Path, episodes: int) -> Path:
@@ -71,24 +71,10 @@ def test_failed_episodes_are_part_of_the_dataset(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_goes_on_exactly_and_steps_no_environment(tmp_path: Path, monkeypatch: Any) -> None:
     config = offline(record(tmp_path / "mixed.h5", 20))
-    whole = train(config, tmp_path / "whole")
+    whole, rows = interrupted_and_whole(config, tmp_path, monkeypatch)
     assert whole["env_steps"] == 0 and whole["iterations"] == 5
-    log = Run._log
-
-    def stopping_log(self: Run, metrics: Any) -> None:
-        log(self, metrics)
-        if self.iteration == 3:  # past the checkpoint of iteration 2
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_log", stopping_log)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "resumed")
-    resumed = train(config, tmp_path / "resumed", resume=True)
-    rows = [metrics_of(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "resumed")]
-    assert rows[0] == rows[1] and resumed["evaluations"] == whole["evaluations"]
-    assert [row["updates"] for row in rows[0]] == [20, 40, 60, 80, 100]
-    assert rows[0][-1]["replay/decisions"] == sum(len(episode) for episode in read(tmp_path / "mixed.h5"))
+    assert [row["updates"] for row in rows] == [20, 40, 60, 80, 100]
+    assert rows[-1]["replay/decisions"] == sum(len(episode) for episode in read(tmp_path / "mixed.h5"))
     assert "updates</text>" in (tmp_path / "whole" / "report.html").read_text()
 
 
