@@ -6,11 +6,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import batched, pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies.base import require_continuous
@@ -20,37 +21,14 @@ from embodied_rl.types import Array
 
 
 def _tanh(x: Tensor) -> Tensor:
-    """2 sigmoid(2x) - 1 in place of x, to 2e-7."""
+    """2 sigmoid(2x) - 1 in place of x, to 2e-7, in a sixth of the time that torch's tanh takes on the CPU."""
     return x.mul_(2).sigmoid_().mul_(2).sub_(1)
-
-
-class _Tanh(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = _tanh(x)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return torch.ops.aten.tanh_backward(*gradients, *ctx.saved_tensors)
-
-
-class Tanh(nn.Module):
-    """tanh of an input that nobody needs again. On the CPU by torch's sigmoid, which takes a sixth of the time of its
-    tanh there."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32:
-            return x.tanh()
-        return _Tanh.apply(x) if x.requires_grad else _tanh(x)  # pyright: ignore[reportReturnType]
 
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": functools.partial(nn.ReLU, inplace=True),  # linear layers do not need their output again
-    "tanh": Tanh,
+    "tanh": nn.Tanh,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
 }
@@ -59,15 +37,53 @@ CLIP = 10.0
 """Bound of the normalised state: a dimension that hardly moves in the demonstrations may move far from them in RL."""
 
 
+class MLP(nn.Sequential):
+    """Linear layers with an activation after each but the last. For tanh of rows on the CPU there is a faster way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = isinstance(self[1], nn.Tanh) and x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 2
+        if not known or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        weights = [parameter for layer in list(self)[::2] for parameter in (layer.weight, layer.bias)]
+        return _TanhNetwork.apply(x, *weights)  # pyright: ignore[reportReturnType]
+
+
+class _TanhNetwork(torch.autograd.Function):
+    """Linear layers with tanh between them, their gradients worked out in one call and in place: autograd's own calls
+    take a twentieth of the time that such a network learns."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        inputs = [x]
+        for weight, bias in batched(weights[:-2], 2):
+            inputs.append(_tanh(torch.addmm(bias, inputs[-1], weight.t())))
+        ctx.save_for_backward(*inputs, *weights[::2])
+        return torch.addmm(weights[-1], inputs[-1], weights[-2].t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        layers = len(ctx.saved_tensors) // 2
+        inputs, weights = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
+        gradient, found = gradients[0], list[Tensor | None]()
+        for layer in reversed(range(layers)):
+            found += [gradient.sum(0), gradient.t().mm(inputs[layer])]
+            if layer:
+                gradient = gradient.mm(weights[layer])
+                torch.ops.aten.tanh_backward.grad_input(gradient, inputs[layer], grad_input=gradient)
+        wanted = gradient.mm(weights[0]) if ctx.needs_input_grad[0] else None
+        return wanted, *reversed(found)
+
+
 def mlp(inputs: int, hidden: Sequence[int], activation: Activation, outputs: int | None = None) -> nn.Sequential:
     """Linear layers with an activation after each of `hidden`, and a linear layer to `outputs` unless None."""
     widths = [inputs, *hidden]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
-    if outputs is not None:
-        layers.append(nn.Linear(widths[-1], outputs))
-    return nn.Sequential(*layers)
+    if outputs is None or not hidden:
+        return nn.Sequential(*layers, *([] if outputs is None else [nn.Linear(widths[-1], outputs)]))
+    return MLP(*layers, nn.Linear(widths[-1], outputs))
 
 
 def orthogonal(network: nn.Sequential, last_gain: float) -> nn.Sequential:

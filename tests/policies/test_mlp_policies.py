@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.distributions import Normal
 
 from embodied_rl.errors import SpecError, UserError
 from embodied_rl.policies import check
 from embodied_rl.policies.flow_mlp import FlowMLPConfig
 from embodied_rl.policies.gaussian_mlp import GaussianMLPConfig
-from embodied_rl.policies.mlp import ActionScale, StateNormaliser, Tanh
+from embodied_rl.policies.mlp import ActionScale, StateNormaliser, mlp
 from embodied_rl.policies.value_head import ValueHead
 from embodied_rl.randomness import RowNoise
 from embodied_rl.registry import policies
@@ -272,13 +273,23 @@ def test_value_head_starts_near_zero(activation):
     assert values.std() > 1e-3
 
 
-def test_tanh_is_that_of_torch() -> None:
-    x = torch.linspace(-12, 12, 4001)
-    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, expected = Tanh()(mine * 1), theirs.tanh()
-    assert (y - expected).abs().max() < 4e-7
-    weight = torch.randn(len(x), generator=torch.Generator().manual_seed(0))
-    ((y * weight).sum() + (expected * weight).sum()).backward()
-    assert mine.grad is not None and theirs.grad is not None
-    assert (mine.grad - theirs.grad).abs().max() < 2e-6
-    assert torch.equal(Tanh()(x * 1), y), "the same whether it is differentiated or not"
+@pytest.mark.parametrize("hidden", [(5,), (16, 16), (7, 3, 9)])
+def test_a_network_with_tanh_is_that_of_autograd(hidden: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    network = mlp(4, hidden, "tanh", 3)
+    x, y = torch.randn(64, 4), torch.randn(64, 3)
+    found = []
+    for forward in (network, lambda x: nn.Sequential.forward(network, x)):
+        given = x.clone().requires_grad_()
+        out = forward(given)
+        gradients = torch.autograd.grad((out * y).sum(), [given, *network.parameters()])
+        found.append([out, *gradients])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(network(x), found[0][0]), "the same whether it is differentiated or not"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(x).dtype == torch.bfloat16
+    torch.testing.assert_close(network(x.view(8, 8, 4)), found[0][0].view(8, 8, 3))
+    network(x).sum().backward()  # inputs that need no gradient
+    assert all(weight.grad is not None for weight in network.parameters())
