@@ -206,7 +206,9 @@ class PolicyGradient(Algorithm):
         }
         if weight is not None:
             metrics["dropped"] = aggregate((weight == 0).float(), mask)
-        loss = metrics["policy_loss"] - config.entropy_coefficient * metrics["entropy"]
+        loss = metrics["policy_loss"]
+        if config.entropy_coefficient:
+            loss = loss - config.entropy_coefficient * metrics["entropy"]
         if self.reference is not None:
             metrics["kl"] = mean(kl_estimate(log_prob, sums(batch["reference"])[0], "k3"))
             loss = loss + config.kl_coefficient * metrics["kl"]
