@@ -25,7 +25,7 @@ from embodied_rl.planner import events
 from embodied_rl.planner.costs import Cost, Costs, Work
 from embodied_rl.planner.events import Variation
 from embodied_rl.planner.placement import Placement, Seconds
-from embodied_rl.planner.search import Machine, Plan, search
+from embodied_rl.planner.search import Machine, Plan, follow, search
 from embodied_rl.planner.timeline import Span, Timeline
 from embodied_rl.specs import ActionSpec, ObservationSpec, connect
 from embodied_rl.training.on_policy import EpisodeWorkflow, SegmentWorkflow
@@ -87,8 +87,15 @@ class Profile:
 
     def plans(self, staleness: int) -> list[Plan]:
         """What this machine can run, in one process beside its simulators' processes, best first."""
-        machine = Machine(devices=0 if self.device.type == "cpu" else 1, cores=self.cores)
-        return search(self.work, machine, self.groups, staleness, self.variation)
+        return search(self.work, self._machine, self.groups, staleness, self.variation)
+
+    def plan(self, placement: Placement) -> Plan:
+        """The one of `placement`."""
+        return follow(self.work, self._machine, placement, self.variation)
+
+    @property
+    def _machine(self) -> Machine:
+        return Machine(devices=0 if self.device.type == "cpu" else 1, cores=self.cores)
 
 
 def profile(config: RunConfig, beside: bool = False) -> Profile:

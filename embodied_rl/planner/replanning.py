@@ -48,19 +48,15 @@ class Replanning(Prediction):
         seconds = median(self._latest)
         self._correct()
         self._calls.clear()
-        plans = {plan.placement: plan for plan in self._profile.plans(self._staleness)}
-        now = plans.get(self.plan.placement)
-        if now is None:  # only the best ones are followed
-            return None
-        self._error[now.placement] = seconds / now.seconds
-        usual = self._error[now.placement]
-        expected = {placement: plan.seconds * self._error.get(placement, usual) for placement, plan in plans.items()}
-        best = min(expected, key=lambda placement: expected[placement])
-        saved = seconds - expected[best]
-        if saved < GAIN * seconds or saved * iterations < PAYS * switch:
-            self.plan = now
-            return None
-        return replace(plans[best], seconds=expected[best])
+        self.plan = self._profile.plan(self.plan.placement)
+        usual = self._error[self.plan.placement] = seconds / self.plan.seconds
+        plans = [
+            replace(plan, seconds=plan.seconds * self._error.get(plan.placement, usual))
+            for plan in self._profile.plans(self._staleness)
+        ]
+        best = min(plans, key=lambda plan: plan.seconds)
+        saved = seconds - best.seconds
+        return best if saved >= GAIN * seconds and saved * iterations >= PAYS * switch else None
 
     def follow(self, plan: Plan) -> None:
         super().follow(plan)

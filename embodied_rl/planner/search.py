@@ -51,27 +51,35 @@ def search(
     All are compared by the formulas and the best of them by their events. Raises `UserError` with the reason of the
     last one when none is possible.
     """
-    bounds: list[tuple[float, int, int, Placement, Seconds]] = []
+    bounds: list[tuple[float, int, int, Placement]] = []
     refused = UserError("there is nothing to place the work on")
     for placement in placements(work, machine.devices, groups, staleness):
         try:
-            switches = placement.switches(work.costs.memory, work.rows, machine.memory)
-            each = seconds(work, placement, switches)
+            each = _seconds(work, machine, placement)
         except UserError as error:
             refused = error
             continue
         bound = formulas.iteration(work.decisions, placement, each, machine.cores)
-        bounds.append((bound, placement.groups, placement.staleness, placement, each))
+        bounds.append((bound, placement.groups, placement.staleness, placement))
     if not bounds:
         raise refused
-    plans = []
-    for *_, placement, each in sorted(bounds, key=lambda bound: bound[:3])[:FOLLOWED]:
-        found = events.simulate(work.decisions, placement, each, machine.cores, variation)
-        plans.append(Plan(placement, *found, reason(placement, each, found.busy)))
+    best = sorted(bounds, key=lambda bound: bound[:3])[:FOLLOWED]
+    plans = [follow(work, machine, placement, variation) for *_, placement in best]
     plans.sort(key=lambda plan: plan.seconds)
     near = [plan for plan in plans if plan.seconds <= plans[0].seconds * (1 + TIE)]
     near.sort(key=lambda plan: (plan.placement.staleness, plan.placement.groups))
     return near + plans[len(near) :]
+
+
+def follow(work: Work, machine: Machine, placement: Placement, variation: events.Variation | None = None) -> Plan:
+    """One placement, by its events. Raises `UserError` when it is not possible."""
+    each = _seconds(work, machine, placement)
+    found = events.simulate(work.decisions, placement, each, machine.cores, variation)
+    return Plan(placement, *found, reason(placement, each, found.busy))
+
+
+def _seconds(work: Work, machine: Machine, placement: Placement) -> Seconds:
+    return seconds(work, placement, placement.switches(work.costs.memory, work.rows, machine.memory))
 
 
 def placements(work: Work, devices: int, groups: int, staleness: int) -> Iterator[Placement]:
