@@ -80,6 +80,8 @@ class TrainingConfig:
     """Decisions of every environment per iteration: the length of an on-policy segment."""
     retry_failed: float = 0.0
     """Share of the training episodes that start again where an earlier one failed."""
+    statistics_episodes: int = 0
+    """Episodes of the untrained policy that its states are normalised by, where no demonstrations say by what."""
     evaluate_every: int = 0
     """Iterations between development evaluations; 0 evaluates only at the ends."""
     development_episodes: int = 50

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from embodied_rl.algorithms.ppo import PPOConfig
@@ -52,7 +53,7 @@ def half_cheetah_ppo() -> RunConfig:
         simulator=GymnasiumConfig("HalfCheetah-v5", num_envs=8, workers=None),
         policy=GaussianMLPConfig(hidden=(64, 64), value_hidden=(64, 64), initial_log_std=0.0),
         algorithm=algorithm,
-        training=_training(400_000, 256, every=20),
+        training=replace(_training(400_000, 256, every=20), statistics_episodes=8),
         evaluation=EvaluationConfig(episodes=20),
     )
 

@@ -45,7 +45,7 @@ from embodied_rl.planner.replanning import describe, placed
 from embodied_rl.planner.search import Plan
 from embodied_rl.planner.watch import Watch
 from embodied_rl.specs import connect
-from embodied_rl.training import checkpoint, families
+from embodied_rl.training import checkpoint, families, statistics
 from embodied_rl.training.demonstrations import demonstrate
 from embodied_rl.training.evaluation import EvaluationResult, run_episodes
 from embodied_rl.training.metrics import MetricLogger, budget
@@ -174,6 +174,10 @@ class Run:
             if data is not None and self.config.imitation is not None:
                 with self._phase("clone demonstrations"):
                     self._clone(self.policy, data, self.config.imitation)
+            if count := self.config.training.statistics_episodes:
+                with self._phase("fit statistics"):
+                    first = self.streams.first("training")
+                    self.worker.env_steps += statistics.fit(self.worker, self.policy, range(first, first + count))
             self._evaluate("initial")
         with self._phase("reinforcement learning"):
             self._reinforce(data)
@@ -200,6 +204,8 @@ class Run:
         """Chunks {"inputs", "actions" [M,H,A], "valid" [M,H]} of the demonstrations and of the second dataset, and the
         policy's statistics fitted to the mixture that is cloned."""
         first, second = self.config.demonstrations, self.config.cotraining
+        if first is not None and self.config.training.statistics_episodes:
+            raise UserError("demonstrations say what states are normalised by: leave training.statistics_episodes at 0")
         found: list[list[DemonstrationEpisode]] = []
         if first is not None:
             self.demonstrations = self._read_or_collect(first)
@@ -323,10 +329,6 @@ class Run:
                 plan = None
                 self._go_back(death)
 
-    def _better_plan(self, iterations: float) -> Plan | None:
-        """To go over to, with so many iterations left."""
-        return self.prediction.better(iterations, self.start_seconds) if self.prediction else None
-
     def _move(self, plan: Plan) -> Metrics:
         """Go over to `plan` at a border that was saved, as a run does that is resumed with other settings."""
         began = time.monotonic()
@@ -338,9 +340,8 @@ class Run:
         self.earlier["deaths"] += self.simulator.deaths
         self.processes.close()
         self._start(began)
-        newest = checkpoint.latest(self.out / "checkpoints")
-        assert newest is not None
-        self._load(newest)
+        if newest := checkpoint.latest(self.out / "checkpoints"):
+            self._load(newest)
         return {"time/move": time.monotonic() - began}
 
     def _go_back(self, death: LearnerDied) -> None:
@@ -370,7 +371,9 @@ class Run:
             number = self.iteration + 1
             evaluates = bool(training.evaluate_every) and number % training.evaluate_every == 0
             changes = self.scaling.due()
-            plan = self._better_plan((total - before) / steps) if steps else None
+            plan = None
+            if steps and self.prediction is not None:
+                plan = self.prediction.better((total - before) / steps, self.start_seconds)
             saves = changes or plan is not None or number % training.checkpoint_every == 0
             metrics = workflow.iterate(border=evaluates or saves or self._spent() >= total)
             self.iteration = number
