@@ -93,7 +93,7 @@ def test_a_run_killed_in_the_middle_ends_with_the_numbers_of_one_that_was_not(tm
         assert (whole / name).stat().st_size > 0
 
 
-def test_a_run_outlives_its_worker_and_stops_when_workers_keep_dying(tmp_path: Path) -> None:
+def test_a_run_outlives_its_worker(tmp_path: Path) -> None:
     process = start("quickstart", "--out", str(tmp_path / "run"), *SMALL)
     wait_for_rows(process, tmp_path / "run", 2)
     os.kill(worker_pids(process.pid)[0], signal.SIGKILL)
@@ -102,6 +102,9 @@ def test_a_run_outlives_its_worker_and_stops_when_workers_keep_dying(tmp_path: P
     assert result["deaths"] == 1
     assert result["lost_episodes"] <= 2, "none when the worker died in a reset"
 
+
+@pytest.mark.slow
+def test_a_run_stops_when_workers_keep_dying(tmp_path: Path) -> None:
     process = start("quickstart", "--out", str(tmp_path / "doomed"), *SMALL)
     wait_for_rows(process, tmp_path / "doomed", 1)
     deadline = time.monotonic() + 200
