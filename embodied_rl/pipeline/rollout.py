@@ -74,8 +74,9 @@ class RolloutWorker:
         self.tickets = np.array([source.issue() for source in self.sources], dtype=np.int64)
         self._next_tickets = np.array([source.issue() for source in self.sources], dtype=np.int64)
         self._decisions = np.zeros(self.simulator.num_envs, dtype=np.int64)
-        self._observation = self.simulator.reset(tickets=self.tickets)
-        self._inputs = self._prepare(self._observation)
+        self.observation = self.simulator.reset(tickets=self.tickets)
+        """What every row sees now, in memory of the simulator."""
+        self._inputs = self._prepare(self.observation)
 
     def take_over(self, other: RolloutWorker, rows: slice) -> None:
         """Go on where the `rows` of `other` are, whose simulator contains this one's."""
@@ -135,13 +136,13 @@ class RolloutWorker:
         for row in result.final_rows:
             self._next_tickets[row] = self.sources[row].issue()
         final = None if result.final_observation is None else self._prepare(result.final_observation)
-        self._observation = result.observation
+        self.observation = result.observation
         self._inputs = self._prepare(result.observation)
         return Decision(inputs, self._sample, result, self._inputs, final, tickets, self._intervened)
 
     def _corrected(self, proposed: torch.Tensor, intervene: Intervene) -> torch.Tensor:
         """The actions to execute."""
-        theirs, instead = intervene(self._observation, proposed.numpy(force=True).copy())
+        theirs, instead = intervene(self.observation, proposed.numpy(force=True).copy())
         theirs, self._intervened = np.asarray(theirs, np.float32), np.asarray(instead, bool)
         if theirs.shape != proposed.shape or self._intervened.shape != proposed.shape[:2]:
             raise UserError(

@@ -27,7 +27,8 @@ class Watch:
         self._watched.enter_context(self.timeline.watching(worker))
         self._watched.enter_context(self.timeline.watching_learner(algorithm))
         self._simulators = max(1, len(getattr(worker, "groups", ())))
-        self._tracks: list[str] = []
+        self._named: set[str] = set()
+        """Tracks whose name the trace has."""
 
     def iteration(self, seconds: float, steady: bool) -> dict[str, float]:
         """Metrics of the iteration that ends now after `seconds`; `steady`: it neither filled nor drained what
@@ -53,12 +54,13 @@ class Watch:
         offset = time.time() - time.perf_counter()
         events: list[dict[str, Any]] = []
         for span in spans:
-            if span.track not in self._tracks:
-                self._tracks.append(span.track)
+            number = _number(span.track)
+            if span.track not in self._named:
+                self._named.add(span.track)
                 name = {"name": span.track}
-                events.append({"name": "thread_name", "ph": "M", "pid": 1, "tid": len(self._tracks), "args": name})
+                events.append({"name": "thread_name", "ph": "M", "pid": 1, "tid": number, "args": name})
             times = {"ts": round(1e6 * (span.start + offset)), "dur": round(1e6 * span.seconds)}
-            events.append({"name": span.stage, "ph": "X", "pid": 1, "tid": 1 + self._tracks.index(span.track), **times})
+            events.append({"name": span.stage, "ph": "X", "pid": 1, "tid": number, **times})
         try:
             with self.trace.open("a") as file:  # the bracket that the format lets one leave out is left out
                 file.write("" if file.tell() else "[\n")
@@ -72,3 +74,9 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._watched.close()
         self._write()
+
+
+def _number(track: str) -> int:
+    """The same in all parts of a trace, however many simulators a part has."""
+    kind, _, index = track.partition(" ")
+    return {"rollout": 1, "learner": 2, "simulator": 3}[kind] + int(index or 0)

@@ -393,7 +393,7 @@ class Run:
             if saves:
                 self._save(workflow)
             changed = self.scaling.change() if changes else Metrics()
-            if plan is not None and self._spent() < total:
+            if plan is not None and not self.succeeded and self._spent() < total:
                 return plan
             if evaluates or saves:
                 workflow.restart(self.tickets)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from embodied_rl.data.demonstrations import mixture_statistics
 from embodied_rl.errors import UserError
 from embodied_rl.pipeline.executor import Collector
 from embodied_rl.pipeline.rollout import RolloutWorker
@@ -23,7 +24,7 @@ def fit(worker: Collector, policy: Any, tickets: range) -> int:
         )
     parts, steps = zip(*worker.apart(policy, states, tickets), strict=True)
     found = np.concatenate(parts).astype(np.float64)
-    policy.set_statistics(found.mean(0), found.std(0))
+    policy.set_statistics(*mixture_statistics(found, found, 0.0))
     return sum(steps)
 
 
@@ -32,7 +33,7 @@ def states(worker: RolloutWorker, tickets: range) -> tuple[np.ndarray, int]:
     worker.restart(TicketList(tickets))
     seen: list[np.ndarray] = [np.zeros((0, worker.policy.observation_spec.state), np.float32)]
     while worker.running:
+        before = worker.connection.observation(worker.observation).state.copy()
         worker.begin()
-        step = worker.finish()
-        seen.append(step.inputs["state"].numpy(force=True)[step.result.valid.any(axis=1)])
+        seen.append(before[worker.finish().result.valid.any(axis=1)])
     return np.concatenate(seen), worker.env_steps

@@ -130,6 +130,7 @@ class After(Prediction):
 
 def test_a_run_that_goes_over_to_groups_ends_as_one_that_had_none(tmp_path: Path) -> None:
     config = on_policy(env_steps=300, checkpoint_every=1, evaluate_every=0)
+    config = replace(config, logging=replace(config.logging, trace=True))
     train(config, tmp_path / "stays")
     train(config, tmp_path / "moves", prediction=After(1.0))
     stays, moves = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("stays", "moves"))
@@ -139,6 +140,9 @@ def test_a_run_that_goes_over_to_groups_ends_as_one_that_had_none(tmp_path: Path
     assert moved == [4]  # asked before the third, at whose end it moves
     assert load(tmp_path / "moves" / "config.json").pipeline == PipelineConfig(env_groups=2)
     assert len(list((tmp_path / "moves" / "logs").glob("group-*"))) == 2
+    events = json.loads((tmp_path / "moves" / "trace.json").read_text().rstrip(",\n") + "]")
+    tracks = {(event["tid"], event["args"]["name"]) for event in events if event["ph"] == "M"}
+    assert sorted(tracks) == [(1, "rollout"), (2, "learner"), (3, "simulator 0"), (4, "simulator 1")]
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("stays", "moves")]
     assert results[0]["env_steps"] == results[1]["env_steps"]
     policies = []
@@ -161,4 +165,3 @@ def test_the_best_plan_is_kept_where_nothing_else_is_known() -> None:
     for _ in range(WINDOW):
         run.compare(run.plan.seconds, {})
     assert run.better(1e6, 0.0) is None
-    assert replace(run.plan) == run.plan

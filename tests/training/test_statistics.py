@@ -74,6 +74,8 @@ def test_what_has_statistics_or_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="demonstrations say what"):
         train(config, tmp_path / "cloned")
 
+    assert not (tmp_path / "cloned").exists()
+
     class Without:
         """A policy."""
 
